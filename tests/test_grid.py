@@ -1,0 +1,94 @@
+"""Quantization: training and export share one grid, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tools import config, model_for, plan_for, t
+
+
+def weights() -> torch.Tensor:
+    """Rows of usual size, zeros, tiny, huge, one-sided and exactly on half steps."""
+    torch.manual_seed(0)
+    w = torch.randn(40, 48) * 10 ** torch.linspace(-9, 4, 40).unsqueeze(1)
+    w[3] = 0
+    w[4] = 1e-9
+    w[5] = -torch.arange(48) * 0.5
+    w[6, 1:] = 0
+    return w
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fake_quantization_is_export_and_load(bits: int, compiled: bool) -> None:
+    """Same bits (also of the sign of zero), eager and compiled."""
+    w, spec = weights(), t.QuantSpec(bits)
+    exported = t.dequantize_per_row(*t.quantize_per_row(w, spec))
+    fake = torch.compile(t.fake_quantize_per_row, fullgraph=True) if compiled else t.fake_quantize_per_row
+    trained = fake(w, t.row_scale(w, spec), spec)
+    assert torch.equal(trained.view(torch.int32), exported.view(torch.int32))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_grid(bits: int) -> None:
+    """Codes stay in range, scales are fp16, the error is at most half a step of ordinary rows, zeros stay zeros."""
+    w, spec = weights(), t.QuantSpec(bits)
+    codes, scale = t.quantize_per_row(w, spec)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float16
+    assert codes.min() >= spec.qmin and codes.max() <= spec.qmax == 2 ** (bits - 1) - 1
+    error = (t.dequantize_per_row(codes, scale) - w).abs()[20:]
+    assert (error <= 0.502 * scale[20:, None].float() + w.abs()[20:] * 1e-3).all()
+    assert not t.dequantize_per_row(codes, scale)[3].any()
+
+
+def test_straight_through() -> None:
+    """The value is the quantized one, the gradient is the identity."""
+    w = torch.randn(4, 5, requires_grad=True)
+    q = torch.randn(4, 5)
+    out = t.straight_through(q, w)
+    assert torch.equal(out, q)
+    out.backward(torch.arange(20.0).view(4, 5))
+    assert torch.equal(w.grad, torch.arange(20.0).view(4, 5))  # type: ignore[arg-type]
+
+
+def test_what_trains_is_what_is_exported() -> None:
+    """The MLP weights that the forward uses equal the ones that export stores (without pruning)."""
+    cfg = config(mlp_prune_frac=0, prune_frac=0)
+    model = model_for(cfg)
+    stored = t.quantize_state(dict(model.named_parameters()), plan_for(cfg), cfg, print)
+    loaded = t.dequantize_state(stored)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, t.CastedLinear) and m.spec]
+    assert len(layers) == 2 * cfg.num_layers
+    assert all(torch.equal(m.forward_weight, loaded[f"{n}.weight"]) for n, m in layers)
+
+
+def test_categories_of_the_plan() -> None:
+    """int4 MLP, int5 attention and bigram, fp16 for the rest and the second-to-last block's key projection."""
+    plan = plan_for(config(num_layers=4))
+    assert plan["blocks.0.mlp.up_proj.weight"].bits == 4 and plan["blocks.1.attn.q_proj.weight"].bits == 5
+    assert plan["bigram.embed.weight"].bits == plan["bigram.out_proj.weight"].bits == 5
+    assert (
+        "blocks.2.attn.k_proj.weight" not in plan
+        and "blocks.3.attn.k_proj.weight" in plan
+        and "embed.weight" not in plan
+    )
+    assert t.quant_spec_for("blocks.0.attn.q_proj.weight", t.load_config({"RECIPE": "pr314"})[0]) == t.QuantSpec(6)
+
+
+def test_pruning() -> None:
+    """The smallest share becomes zero, everything else stays; the log counts changed codes."""
+    w = torch.randn(300, 400)
+    pruned = t.prune_smallest(w, 0.05)
+    assert int((pruned == 0).sum()) == 6000 and torch.equal(pruned[pruned != 0], w[pruned != 0])
+    assert torch.equal(t.prune_smallest(w, 0.0), w)
+    lines: list[str] = []
+    cfg = config(mlp_prune_frac=0.5)
+    t.quantize_state(dict(model_for(cfg).named_parameters()), plan_for(cfg), cfg, lines.append)  # type: ignore[arg-type]
+    assert any(line.startswith("prune category:mlp codes_changed:") for line in lines)
+
+
+def test_non_finite_weight_is_not_exported() -> None:
+    """It is named."""
+    state = {"blocks.0.mlp.up_proj.weight": torch.full((2, 2), float("nan"))}
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.up_proj\.weight is not finite"):
+        t.quantize_state(state, {}, config(), print)

@@ -1,0 +1,113 @@
+"""What the tests share: a tiny config, a tiny corpus, and the script as a subprocess."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+SIZES: dict[str, Any] = {
+    "num_layers": 3,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2,
+    "vocab_size": 320,
+    "bigram_vocab_size": 64,
+    "bigram_dim": 16,
+    "train_seq_len": 32,
+    "train_batch_tokens": 256,
+    "iterations": 6,
+    "warmdown_iters": 4,
+    "warmup_steps": 0,
+    "max_wallclock_seconds": 0.0,
+    "val_loss_every": 0,
+    "train_log_every": 1,
+    "val_batch_size": 1024,
+    "eval_stride": 8,
+    "swa_every": 1,
+    "muon_momentum_warmup_steps": 10,
+    "compute_dtype": "float32",
+    "rate_control": False,
+    "swa_always": True,
+    "qat_start_frac": 0.0,
+    "mlp_prune_frac": 0.05,
+    "prune_frac": 0.03,
+}
+
+
+@cache
+def corpus() -> Path:
+    """A folder with tokenizer.model (320 pieces) and shards of made-up text; the same text every time."""
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 8))) for _ in range(400)]
+    extra = ["caf\u00e9", "\u65e5\u672c", "\U0001f600", "42", "x=1", "\u03b1"]
+    documents = [" ".join(rng.choices(words + extra, k=120)) for _ in range(80)]
+    folder = Path(tempfile.mkdtemp(prefix="train-gpt-tests-")) / "corpus"
+    t.build_corpus(documents, folder, SIZES["vocab_size"], (1500, 2600))
+    return folder
+
+
+def environment(**changes: Any) -> dict[str, str]:
+    """The variables of a tiny run on `corpus()`, with `changes` (in lower case; None removes)."""
+    values = SIZES | {"data_path": corpus(), "tokenizer_path": corpus() / "tokenizer.model"} | changes
+    return {k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in values.items() if v is not None}
+
+
+def config(**changes: Any) -> t.Config:
+    """The same as a config."""
+    return t.load_config(environment(**changes))[0]
+
+
+def runtime(rank: int = 0, world_size: int = 1, compiled: bool = False) -> t.Runtime:
+    """A silent CPU runtime without a process group."""
+    return t.Runtime(rank, world_size, torch.device("cpu"), torch.float32, compiled, "sdpa", t.open_log(None))
+
+
+def plan_for(cfg: t.Config) -> t.QuantPlan:
+    """The starting plan of a config."""
+    names = [name for name, _ in t.GPT(cfg, {}, torch.float32).named_parameters()]
+    return {name: spec for name in names if (spec := t.quant_spec_for(name, cfg))}
+
+
+def model_for(cfg: t.Config, qat: bool = True, seed: int = 0) -> t.GPT:
+    """An initialised model whose zero-initialised parts are filled with noise, so that every part matters."""
+    plan = {n: s for n, s in plan_for(cfg).items() if t.category(n) == "mlp"} if qat else {}
+    torch.manual_seed(seed)
+    model = t.GPT(cfg, plan, torch.float32)
+    model.init_weights(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.refresh(qat)
+    return model
+
+
+def run(cwd: Path, ranks: int = 0, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """The script in `cwd` with a clean environment; under torchrun where `ranks` is not 0."""
+    env = {k: os.environ[k] for k in ("PATH", "HOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE") if k in os.environ}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, str(ROOT / "train_gpt.py")]
+    env |= environment(**changes) | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def values(output: str, key: str) -> list[float]:
+    """All numbers that stand behind `key:` in an output, in order."""
+    return [float(word.split(":", 1)[1]) for word in output.split() if word.startswith(key + ":")]
+
+
+def hidden(model: t.GPT, ids: torch.Tensor, span: int | None = None) -> torch.Tensor:
+    """Final hidden states of the last `span` positions (default: of all) of token ids (B, T)."""
+    return model.hidden(model.embedded(ids), span or ids.size(1), model.rope(0, ids.size(1)))[0]
