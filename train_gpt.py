@@ -9,10 +9,10 @@ frame, read back from that file and scored in bits per byte. The last log line a
 Every hyperparameter is an environment variable (section 1). logs/<run_id>.txt holds source, config and log."""
 from __future__ import annotations
 # ruff: noqa: E401, I001  (grouped imports keep the preamble on one screen)
-import ast, contextlib, copy, ctypes, dataclasses, difflib, glob, hashlib, importlib.util, io, itertools
-import json, logging, lzma, math, operator, os, pickle, platform, random, re, resource, struct, sys
+import ast, contextlib, copy, ctypes, dataclasses, difflib, glob, hashlib, importlib.util, io, itertools, json
+import logging, lzma, math, operator, os, pickle, platform, random, re, resource, shutil, signal, struct, sys
 import sysconfig, tempfile, time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
-
+from torch.optim.swa_utils import AveragedModel
 # ---- 1 Config: one frozen dataclass; the environment variable of a field is its name in upper case -------------------
 LIMITS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "least": (operator.ge, "at least"), "most": (operator.le, "at most"), "above": (operator.gt, "above"),
@@ -35,7 +35,6 @@ LIMITS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
 def knob(default: Any, meaning: str, **limits: Any) -> Any:
     """A config field with its meaning (the README's table is made from these) and its `LIMITS`."""
     return field(default=default, metadata={"meaning": meaning, "limits": limits})
-
 @dataclass(frozen=True)
 class Config:
     """All hyperparameters. Types are parsed from the defaults; `problems` validates them together."""
@@ -45,6 +44,11 @@ class Config:
     demo: bool = knob(False, "1: train on the documentation that Python, NumPy and PyTorch ship, at CPU sizes")
     recipe: str = knob("", "named set of settings: pr314 (the literal design of pull request 314) or empty")
     run_id: str = knob("", "name of the log and artifact in logs/ (default: date, time and a random suffix)")
+    dry_run: bool = knob(False, "1: check everything, print the plan of the run for WORLD_SIZE ranks and stop")
+    plan_step_ms: float = knob(0.0, "DRY_RUN: expected ms per step, to tell how many fit (0 = unknown)", least=0)
+    plan_memory_gb: float = knob(80.0, "DRY_RUN: memory of a rank's device, where there is none to ask", above=0)
+    checkpoint_every: float = knob(0.0, "seconds of training between checkpoints, inside the clock (0 = off)", least=0)
+    resume: bool = knob(False, "1: continue RUN_ID from its newest sound checkpoint")
     export_from: str = knob("", "path of logs/<run_id>.weights: export and score these weights, no training")
     seed: int = knob(42, "seed of the initial weights", least=0)
     eval_artifact: str = knob("", "path of an artifact: evaluate it and stop, no training")
@@ -98,6 +102,7 @@ class Config:
     swa_every: int = knob(50, "steps between snapshots", least=1)
     qat_start_frac: float = knob(0.9, "progress at which fake quantization starts (1 = never)", least=0, most=1)
     swa_always: bool = knob(False, "1: export the average; 0: it or the last weights, by the loss on training tokens")
+    error_feedback: bool = knob(True, "1: round with error feedback (GPTQ) where that helps on training tokens")
     rate_control: bool = knob(True, "1: choose every matrix's grid so that the limit is filled; the bits are the start")
     calibration_tokens: int = knob(131072, "training tokens that the plan and the choice of weights look at", least=1)
     calibration_reserve: float = knob(0.01, "share of the cap kept for the choice of weights", least=0, below=1)
@@ -112,9 +117,11 @@ class Config:
 MODEL_FIELDS = ("num_layers model_dim num_heads num_kv_heads mlp_mult vocab_size tie_embeddings rope_base "
                 "logit_softcap bigram_vocab_size bigram_dim train_seq_len relu_slope xsa_layers").split()
 RECIPES: dict[str, dict[str, Any]] = {"pr314": {
-    "attn_bits": 6, "bigram_bits": 6, "qat_start_frac": 0.0, "rate_control": False, "swa_always": True,
-    "relu_slope": 0.0, "mlp_prune_frac": 0.05, "prune_frac": 0.03, "xsa_layers": 0,
-    "muon_eq": False, "muon_momentum_end": 0.99}}
+    "attn_bits": 6, "bigram_bits": 6, "qat_start_frac": 0.0, "rate_control": False, "error_feedback": False,
+    "swa_always": True, "mlp_prune_frac": 0.05, "prune_frac": 0.03,
+    "relu_slope": 0.0, "xsa_layers": 0, "muon_eq": False, "muon_momentum_end": 0.99}}
+MAY_CHANGE_ON_RESUME = {"resume", "checkpoint_every", "data_path", "tokenizer_path", "micro_batch_tokens", "dry_run",
+                        "val_loss_every", "train_log_every", "eval_float", "eval_batch_seqs", "val_batch_size"}
 DEMO_SETTINGS: dict[str, Any] = {
     "iterations": 320, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "warmdown_iters": 200,
     "train_batch_tokens": 2048, "train_seq_len": 256, "val_batch_size": 16384, "val_loss_every": 100,
@@ -150,14 +157,16 @@ def parse_value(text: str, default: Any) -> Any:
         if math.isfinite(value): return value
     raise ValueError(f"expected {({bool: '0 or 1', int: 'a whole number', float: 'a finite number'})[type(default)]}")
 def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, str], list[str]]:
-    """The config of an environment, where each non-default value came from, and warnings about likely misspellings.
-    Precedence: environment > RECIPE > DEMO > default. Raises ValueError with every problem in one message."""
+    """(config, where its non-default values came from, warnings); or ValueError with all problems in one message."""
     fields = {f.name.upper(): f for f in dataclasses.fields(Config)}
     problems, given, values, origin = [], {}, {}, {}
     for name in sorted(fields.keys() & environ.keys()):
-        try:
-            given[name.lower()] = parse_value(environ[name], fields[name].default)
+        try: given[name.lower()] = parse_value(environ[name], fields[name].default)
         except ValueError as error: problems.append(f"{name}={environ[name]!r}: {error}")
+    if environ.get("TORCHELASTIC_RUN_ID", "none") != "none":  # the same name after a restart by torchrun
+        given.setdefault("run_id", "run-" + environ["TORCHELASTIC_RUN_ID"][:8])
+    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0": given["resume"] = True
+    if given.get("resume") and not given.get("run_id"): problems.append("RESUME=1 needs RUN_ID, the run to continue")
     demo, recipe = DEMO_SETTINGS if given.get("demo") else {}, RECIPES.get(given.get("recipe", ""), {})
     for layer, settings in (("DEMO", demo), ("RECIPE", recipe), ("environment", given)):
         values.update(settings)
@@ -169,40 +178,32 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, str], lis
         raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
     close = {n: difflib.get_close_matches(n.upper(), fields, n=1, cutoff=0.85) for n in sorted({*environ} - {*fields})}
     return cfg, origin, [f"environment variable {n} is not known; did you mean {m[0]}?" for n, m in close.items() if m]
-def batch_plan(cfg: Config, world_size: int, memory_bytes: float) -> tuple[int, int]:
-    """(sequences per micro-batch, micro-batches per step) of one rank, from the memory that activations may take.
-    Raises ValueError when the ranks or MICRO_BATCH_TOKENS do not divide the batch, listing what would work."""
+def batch_plan(cfg: Config, world_size: int, most: float) -> tuple[int, int]:
+    """(sequences per micro-batch, micro-batches per step) of a rank, where `most` fit at once; or ValueError."""
     seq_len, total = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
     if total % world_size:
         fits = ", ".join(str(n) for n in range(1, min(total, 128) + 1) if total % n == 0)
-        raise ValueError(f"{world_size} ranks do not divide TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} into whole "
-                         f"sequences of {seq_len}: use one of {fits} ranks")
+        raise ValueError(f"{world_size} ranks do not divide the batch of {total} sequences: use one of {fits} ranks")
     per_rank, wanted = total // world_size, cfg.micro_batch_tokens // seq_len
     divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
     if wanted and wanted not in divisors:
-        raise ValueError(f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide a rank's batch: use "
-                         + ", ".join(str(n * seq_len) for n in divisors))
-    # An upper estimate of what the backward keeps per token: 4 bytes for each of these numbers.
-    numbers = cfg.num_layers * cfg.model_dim * (14 + 3 * cfg.mlp_mult) + 6 * cfg.model_dim + 4 * cfg.vocab_size
-    micro = wanted or max(n for n in divisors if n == 1 or n * 4 * numbers * seq_len <= memory_bytes)
+        fits = ", ".join(str(n * seq_len) for n in divisors)
+        raise ValueError(f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide a rank's batch: use {fits}")
+    micro = wanted or max(n for n in divisors if n == 1 or n <= most)
     return micro, per_rank // micro
-
 # ---- 2 Runtime: ranks, device, logging -------------------------------------------------------------------------------
 Log = Callable[[str], None]
-def open_log(path: Path | None) -> logging.Logger:
-    """A logger of `key:value` lines to console and `path` (None: to neither); `debug` lines go to the file alone.
-    Raises ValueError when the file exists already."""
+def open_log(path: Path | None, append: bool = False) -> logging.Logger:
+    """A logger to console and a new file at `path` (None: to neither); `debug` lines go to the file alone."""
     logger = logging.Logger("train_gpt")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            logger.addHandler(logging.FileHandler(path, mode="x", encoding="utf-8"))
-        except FileExistsError:
-            raise ValueError(f"RUN_ID={path.stem} has a log already ({path}): choose another RUN_ID") from None
+        if path.exists() and not append:
+            raise ValueError(f"RUN_ID={path.stem} has a log already: choose another RUN_ID, or go on with RESUME=1")
+        logger.addHandler(logging.FileHandler(path, encoding="utf-8"))
         logger.addHandler(console := logging.StreamHandler(sys.stdout))
         console.setLevel(logging.INFO)
     return logger
-
 @dataclass
 class Runtime:
     """Where this process runs: rank, device, number format, attention kernel; and what ranks do together."""
@@ -216,8 +217,8 @@ class Runtime:
     @classmethod
     def start(cls, cfg: Config) -> Runtime:
         """Read torchrun's variables, choose the device and join the process group (gloo, plus NCCL on CUDA)."""
-        rank, distributed = int(os.environ.get("RANK", "0")), "RANK" in os.environ
-        world_size = int(os.environ.get("WORLD_SIZE", "1")) if distributed else 1
+        rank, distributed = int(os.environ.get("RANK", "0")), "RANK" in os.environ and not cfg.dry_run
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if distributed or cfg.dry_run else 1
         if not (cfg.eval_artifact or cfg.export_from):
             batch_plan(cfg, world_size, 0.0)  # raises before the ranks wait for one another
         cuda = torch.cuda.is_available()
@@ -231,40 +232,38 @@ class Runtime:
             # Ranks that only wait (for rank 0 to compress, say) wait on gloo, which sleeps; NCCL would spin.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         native = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        auto_dtype = torch.bfloat16 if native else torch.float32
-        dtype = auto_dtype if cfg.compute_dtype == "auto" else getattr(torch, cfg.compute_dtype)
+        dtype = getattr(torch, {"auto": "bfloat16" if native else "float32"}.get(cfg.compute_dtype, cfg.compute_dtype))
         flash3 = cuda and torch.cuda.get_device_capability() >= (9, 0) and dtype == torch.bfloat16
         flash3 = flash3 and importlib.util.find_spec("flash_attn_interface") is not None
-        attention = "flash3" if flash3 else "sdpa" if cuda else "chunks"
-        compiled = cfg.compile == "1" or (cuda and cfg.compile == "auto")
-        path = Path("logs") / f"{'eval-' if cfg.eval_artifact else ''}{cfg.run_id}.txt"
-        return cls(rank, world_size, device, dtype, compiled, attention, open_log(path if rank == 0 else None))
-    def log(self, line: str) -> None:
-        """One event, to the console and the log file of rank 0."""
+        compiled = cuda if cfg.compile == "auto" else cfg.compile == "1"
+        attention = "flash3" if flash3 else "sdpa" if cuda or cfg.dry_run else "chunks"
+        path = Path("logs") / f"{'eval-' if cfg.eval_artifact else 'plan-' if cfg.dry_run else ''}{cfg.run_id}.txt"
+        logger = open_log(path if rank == 0 else None, cfg.resume or cfg.dry_run)
+        return cls(rank, world_size, device, dtype, compiled, attention, logger)
+    def log(self, line: str) -> None:  # one event, to the console and the log file of rank 0
         self.logger.info("%s", line)
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` compiled as one static-shape graph where compilation is on."""
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:  # as one static-shape graph, if on
         return torch.compile(function, fullgraph=True, dynamic=False) if self.compile else function
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast; the model casts explicitly, so this only guards operations that mix number formats."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.world_size > 1: dist.all_reduce(tensor)
+    def all_reduce(self, tensor: Tensor) -> Tensor:  # sum over ranks, in place
+        if dist.is_initialized(): dist.all_reduce(tensor)
         return tensor
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
         """`make()` run on rank 0 alone; every rank gets its (picklable, trusted) result while sleeping on gloo."""
         box = [make() if self.rank == 0 else None]
-        if self.world_size > 1: dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if dist.is_initialized(): dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
     def peak_memory_bytes(self) -> int:
         """Peak memory of this process: device memory on CUDA, resident set on a CPU."""
         if self.device.type == "cuda": return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
+        if (status := Path("/proc/self/status")).is_file():  # getrusage would count what the parent process had
+            return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 # ---- 3 Data: shards, loader, text to shards, token bytes -------------------------------------------------------------
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-MAY_HOLD_DOCSTRINGS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.Try)
+MAY_HOLD_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENT_CHARS = 32768  # a long text file is cut into documents of about this size, a small corpus into smaller ones
 CHECK_BLOCK = 65536  # tokens read at each end of a training shard at start
 HOW_TO_GET_DATA = ("Get the challenge's data with its own script (python data/cached_challenge_fineweb.py --variant "
@@ -275,8 +274,7 @@ def open_shard(path: Path) -> np.memmap[Any, np.dtype[np.uint16]]:
     size = path.stat().st_size
     with path.open("rb") as file: magic, version, tokens = struct.unpack("<iii", file.read(12).ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path} is no token shard (magic {magic}, version {version}, {size} bytes; expected magic "
-                         f"{SHARD_MAGIC}, version {SHARD_VERSION}): download it again or remove it")
+        raise ValueError(f"{path} is no token shard (magic {magic}, version {version}): download it again or remove it")
     expected = SHARD_HEADER_BYTES + 2 * tokens
     if tokens < 1 or size != expected:
         state = "truncated" if size < expected else "longer than its header says"
@@ -284,10 +282,8 @@ def open_shard(path: Path) -> np.memmap[Any, np.dtype[np.uint16]]:
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
 def write_shard(path: Path, tokens: Tokens) -> None:
     """Write token ids (N,) in the challenge's shard format."""
-    header = np.zeros(SHARD_HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
-
+    header = struct.pack("<iii", SHARD_MAGIC, SHARD_VERSION, len(tokens)).ljust(SHARD_HEADER_BYTES, b"\0")
+    path.write_bytes(header + np.asarray(tokens, dtype="<u2").tobytes())
 class TokenShards:
     """Shards as one long sequence of tokens, read by position. Nothing is held in memory."""
     def __init__(self, pattern: str, vocab_size: int) -> None:
@@ -299,37 +295,30 @@ class TokenShards:
         self.total = int(self.starts[-1])
     def check(self, block: int) -> None:
         """Raise ValueError for token ids beyond the vocabulary in the first and last `block` tokens of each shard."""
-        for i, shard in enumerate(self.shards):
-            for begin in {0, max(0, len(shard) - block)}:
-                for at in range(begin, min(begin + block, len(shard)), 1 << 24):
-                    self.part(i, at, min(1 << 24, begin + block - at))
-    def part(self, i: int, begin: int, count: int) -> Tokens:
-        """At most `count` tokens of shard `i` from `begin` on, their ids checked."""
-        tokens = self.shards[i][begin : begin + count]
-        if (largest := int(tokens.max())) >= self.vocab_size:
-            raise ValueError(f"{self.paths[i]}, from token {begin}: token id {largest} is beyond VOCAB_SIZE="
-                             f"{self.vocab_size}; the shard was made with another tokenizer, or is damaged")
-        return tokens
+        for start, end in itertools.pairwise(map(int, self.starts)):
+            for begin in {start, max(start, end - block)}:
+                for at in range(begin, min(begin + block, end), 1 << 24):
+                    self.read(at, min(1 << 24, begin + block - at, end - at))
     def read(self, start: int, count: int) -> Tokens:
-        """`count` tokens (int64) from position `start` on, wrapping at the end; every id is checked."""
+        """`count` tokens (int64) from position `start` on, wrapping at the end; raises ValueError for a bad id."""
         parts: list[Tokens] = []
         while count > 0:
             start %= self.total
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            parts.append(self.part(i, start - int(self.starts[i]), count).astype(np.int64))
+            parts.append(self.shards[i][(at := start - int(self.starts[i])) : at + count].astype(np.int64))
+            if (largest := int(parts[-1].max())) >= self.vocab_size:
+                raise ValueError(f"{self.paths[i]}, from token {at}: token id {largest} is beyond VOCAB_SIZE="
+                                 f"{self.vocab_size}; the shard is damaged, or of another tokenizer")
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
-
 class BatchLoader:
-    """Batches of one rank, fetched one step ahead by a background thread.
-    Step s of all ranks reads tokens [s * B, (s + 1) * B] with B = TRAIN_BATCH_TOKENS; rank r its r-th part of them."""
+    """Batches fetched one step ahead by a thread: step s reads tokens [s * B, (s + 1) * B], rank r the r-th part."""
     def __init__(self, shards: TokenShards, cfg: Config, rt: Runtime, micro_seqs: int) -> None:
         self.shards, self.rt, self.shape = shards, rt, (-1, micro_seqs, cfg.train_seq_len)
         self.step_tokens, self.rank_tokens = cfg.train_batch_tokens, cfg.train_batch_tokens // rt.world_size
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.ahead: tuple[int, Any] = (-1, None)
-    def _fetch(self, step: int) -> Tensor:
-        """The tokens of a step, in memory that CUDA copies from asynchronously."""
+    def _fetch(self, step: int) -> Tensor:  # the tokens of a step, where CUDA copies from asynchronously
         start = step * self.step_tokens + self.rt.rank * self.rank_tokens
         host = torch.from_numpy(self.shards.read(start, self.rank_tokens + 1))
         return host.pin_memory() if self.rt.device.type == "cuda" else host
@@ -339,27 +328,24 @@ class BatchLoader:
         tokens = (fetched or self.pool.submit(self._fetch, step)).result().to(self.rt.device, non_blocking=True)
         self.ahead = (step + 1, self.pool.submit(self._fetch, step + 1))
         return tokens[:-1].view(self.shape), tokens[1:].view(self.shape)
-
 class TokenBytes:
-    """How many bytes of text each token stands for, as lookup tables (VOCAB_SIZE,)."""
+    """How many bytes of text each token stands for: a table (2, VOCAB_SIZE), row 1 for tokens after a boundary."""
     def __init__(self, sp: sentencepiece.SentencePieceProcessor, device: torch.device) -> None:
         """Count from the pieces; control, unknown and unused ones are boundaries: 0 bytes, no space after them."""
         ids = range(sp.vocab_size())
-        boundary = [bool(sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)) for i in ids]
-        space = [sp.id_to_piece(i).startswith("\u2581") and not boundary[i] for i in ids]
-        text = [sp.id_to_piece(i)[space[i] :].replace("\u2581", " ") for i in ids]
-        size = [0 if boundary[i] else 1 if sp.is_byte(i) else len(text[i].encode()) for i in ids]
-        self.base = torch.tensor(size, device=device)  # int64, without the leading space
-        self.space, self.boundary = torch.tensor(space, device=device), torch.tensor(boundary, device=device)
+        pieces = [sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
+        boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        sizes = [[0 if b else 1 if sp.is_byte(i) else len(text.encode()) for i, text, b in zip(ids, row, boundary)]
+                 for row in (pieces, [text.removeprefix(" ") for text in pieces])]
+        self.table, self.boundary = torch.tensor(sizes, device=device), torch.tensor(boundary, device=device).long()
     def count(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Bytes (int64) that each target adds to the text, given the token before it."""
-        return self.base[target_ids] + (self.space[target_ids] & ~self.boundary[input_ids])
+        return self.table[self.boundary[input_ids], target_ids]
 def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """The tokenizer and the sha256 of its file. Raises for a missing, foreign or differently sized one."""
     if not Path(path).is_file(): raise FileNotFoundError(f"no tokenizer at TOKENIZER_PATH={path}. {HOW_TO_GET_DATA}")
     sp, content = sentencepiece.SentencePieceProcessor(), Path(path).read_bytes()
-    try:
-        sp.LoadFromSerializedProto(content)
+    try: sp.LoadFromSerializedProto(content)
     except RuntimeError: raise ValueError(f"TOKENIZER_PATH={path} is not a SentencePiece model") from None
     if sp.vocab_size() != vocab_size:
         raise ValueError(f"{path} has {sp.vocab_size()} pieces, VOCAB_SIZE is {vocab_size}: set one to match the other")
@@ -367,14 +353,10 @@ def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePi
 def docstrings(source: str) -> Iterator[str]:
     """The docstrings of a module, its classes and its functions; nothing if it does not parse."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-        stack: list[Any] = [ast.parse(source)]
-        while stack:
-            node = stack.pop()
-            if not isinstance(node, (ast.If, ast.Try)) and (text := ast.get_docstring(node)): yield text
-            stack += [n for n in reversed(node.body) if isinstance(n, MAY_HOLD_DOCSTRINGS)]
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, MAY_HOLD_DOCSTRINGS) and (text := ast.get_docstring(node)): yield text
 def demo_documents() -> Iterator[str]:
-    """One document per module of the standard library, NumPy and PyTorch: its docstrings; then the language reference.
-    White space is folded as the tokenizer will fold it, and a text that occurred before is dropped."""
+    """The docstrings of each module of Python, NumPy, PyTorch; the language reference. Folded space, no repeats."""
     seen, skipped = {""}, {"test", "tests", "testing", "_internal", "site-packages", "idlelib", "lib2to3"}
     roots = Path(sysconfig.get_paths()["stdlib"]), Path(np.__file__).parent, Path(torch.__file__).parent
     modules = ((root, path) for root in roots for path in sorted(root.rglob("*.py")))
@@ -385,30 +367,25 @@ def demo_documents() -> Iterator[str]:
         yield " ".join(text for text in folded if text not in seen)
         seen.update(folded)
 def text_documents(paths: list[str]) -> Iterator[str]:
-    """One document per text file; long ones are cut at line ends. Raises ValueError if one is not UTF-8."""
+    """One document per text file, or several of a long one. Raises ValueError if one is not UTF-8."""
     size = min(DOCUMENT_CHARS, 200 + sum(Path(path).stat().st_size for path in paths) // 50)
     for path in paths:
-        try:
-            text, begin = Path(path).read_text(encoding="utf-8"), 0
+        try: text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"TEXT_FILES: {path} is not UTF-8 text ({error}); convert or exclude it") from None
-        while len(text) - begin > 2 * size and (end := text.find("\n", begin + size)) >= 0:
-            yield text[begin:end]
-            begin = end
-        yield text[begin:]
+        yield from (text[at : at + size] for at in range(0, len(text), size))
 def hold_out(documents: list[str], low: int, high: int) -> tuple[list[str], list[str]]:
-    """(training, validation) documents; these are taken by content hash while they fit, up to `low` to `high` bytes."""
-    chosen: set[int] = set()
-    total = 0
-    for i in sorted(range(len(documents)), key=lambda i: hashlib.sha256(documents[i].encode()).digest()):
-        if total < low and total + (size := len(documents[i].encode())) <= high:
-            chosen, total = chosen | {i}, total + size
-    return [d for i, d in enumerate(documents) if i not in chosen], [documents[i] for i in sorted(chosen)]
+    """(training, validation) documents; the latter as they come while they fit, of `low` to `high` bytes."""
+    train, val, held = list[str](), list[str](), 0
+    for document in documents:
+        takes = held < low and held + (size := len(document.encode())) <= high
+        (val if takes else train).append(document)
+        held += size * takes if held < low else 0
+    return train, val
 def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model from the first 4 MB of the documents; ValueError when they are too few for it."""
     pieces, model = (d[at : at + 4000] for d in documents for at in range(0, len(d), 4000)), io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
+    try: sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.islice(pieces, 1000), model_writer=model, vocab_size=vocab_size,
             model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False, max_sentence_length=1 << 20, num_threads=1, minloglevel=2,
@@ -418,11 +395,8 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 def build_corpus(documents: list[str], folder: Path, vocab_size: int, val_bytes: tuple[int, int]) -> None:
     """Train a tokenizer on the training documents and write tokenizer and shards into `folder`, all or nothing."""
-    train, val = hold_out(documents, *val_bytes)
-    if not train or not val:
-        raise ValueError(f"{len(documents)} documents, {sum(map(len, documents))} characters: too little to hold some "
-                         "out; give more lines")
-    random.Random(0).shuffle(train)
+    train, val = hold_out(random.Random(0).sample(documents, len(documents)), *val_bytes)
+    if not train or not val: raise ValueError(f"{len(documents)} documents are too few to hold some out: add text")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as name:
         scratch, model = Path(name) / "corpus", train_tokenizer(train, vocab_size)
@@ -432,8 +406,7 @@ def build_corpus(documents: list[str], folder: Path, vocab_size: int, val_bytes:
         for split, texts in (("train", train), ("val", val)):
             ids = [np.array([sp.bos_id(), *encoded], dtype=np.uint16) for encoded in sp.encode(texts)]
             write_shard(scratch / f"fineweb_{split}_000000.bin", np.concatenate(ids))
-        with contextlib.suppress(OSError):  # another run was faster: its result is the same
-            scratch.rename(folder)
+        with contextlib.suppress(OSError): scratch.rename(folder)  # another run was faster: its result is the same
 def prepare_corpus(cfg: Config, log: Log) -> tuple[str, str]:
     """(data folder, tokenizer path) as configured; builds them once for DEMO and TEXT_FILES, into logs/cache/."""
     if not (cfg.demo or cfg.text_files): return cfg.data_path, cfg.tokenizer_path
@@ -441,10 +414,9 @@ def prepare_corpus(cfg: Config, log: Log) -> tuple[str, str]:
     if not (cfg.demo or paths):
         raise FileNotFoundError(f"no file matches TEXT_FILES={cfg.text_files!r}: quote the glob; ** reaches subfolders")
     versions = f"{platform.python_version()} {np.__version__} {torch.__version__}" if cfg.demo else ""
-    key = hashlib.sha256(f"corpus format 2, vocabulary {cfg.vocab_size} {versions}".encode())
-    for path in paths:
-        with open(path, "rb") as file: key.update(hashlib.file_digest(file, "sha256").digest())
-    folder = Path("logs") / "cache" / f"{'demo' if cfg.demo else 'text'}-{key.hexdigest()[:16]}"
+    key = hashlib.sha256(f"corpus format 3, vocabulary {cfg.vocab_size} {versions}".encode())
+    for path in paths: key.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    folder = Path("logs", "cache", f"{'demo' if cfg.demo else 'text'}-{key.hexdigest()[:16]}")
     if not folder.is_dir():
         log(f"corpus building:{folder} (once; later runs find it there)")
         started = time.monotonic()
@@ -453,7 +425,6 @@ def prepare_corpus(cfg: Config, log: Log) -> tuple[str, str]:
         build_corpus(documents, folder, cfg.vocab_size, (97_000, 105_000) if cfg.demo else (size // 20, size // 10))
         log(f"corpus documents:{len(documents)} bytes:{size} build_time:{1000 * (time.monotonic() - started):.0f}ms")
     return str(folder), str(folder / "tokenizer.model")
-
 @dataclass
 class Data:
     """Checked shards and tokenizer of a run."""
@@ -466,23 +437,19 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     """Open and check shards and tokenizer; FileNotFoundError or ValueError before anything has been trained."""
     data_path, tokenizer_path = rt.from_rank_0(lambda: prepare_corpus(cfg, rt.log))
     sp, sha256 = load_tokenizer(tokenizer_path, cfg.vocab_size)
-    folder, trains = glob.escape(data_path), not (cfg.eval_artifact or cfg.export_from)
-    train = TokenShards(f"{folder}/fineweb_train_*.bin", cfg.vocab_size) if trains else None
-    val = TokenShards(f"{folder}/fineweb_val_*.bin", cfg.vocab_size)
+    val, train = TokenShards(f"{glob.escape(data_path)}/fineweb_val_*.bin", cfg.vocab_size), None
     val.check(val.total)
     val_targets = (val.total - 1) // cfg.train_seq_len * cfg.train_seq_len
     if val_targets < 1:
-        raise ValueError(f"the validation split in {data_path} has {val.total} tokens, one window needs "
-                         f"TRAIN_SEQ_LEN + 1 = {cfg.train_seq_len + 1}: add text or lower TRAIN_SEQ_LEN")
+        raise ValueError(f"{data_path} has {val.total} validation tokens, not TRAIN_SEQ_LEN + 1: lower it or add text")
     rt.log(f"data path:{data_path} val_shards:{len(val.shards)} val_tokens:{val.total} val_targets:{val_targets}")
-    if train:
+    if not (cfg.eval_artifact or cfg.export_from):
+        train = TokenShards(f"{glob.escape(data_path)}/fineweb_train_*.bin", cfg.vocab_size)
         train.check(CHECK_BLOCK)
-        rt.log(f"data train_shards:{len(train.shards)} train_tokens:{train.total} "
-               f"tokens_to_train_at_most:{cfg.iterations * cfg.train_batch_tokens}")
+        rt.log(f"data train_shards:{len(train.shards)} train_tokens:{train.total}")
         if train.total <= cfg.train_batch_tokens:
             rt.log(f"warning: {train.total} training tokens are less than one step's TRAIN_BATCH_TOKENS: they repeat")
     return Data(train, val, val_targets, sp, sha256)
-
 # ---- 4 Quantization: one grid for training, export and loading -------------------------------------------------------
 @dataclass(frozen=True)
 class QuantSpec:
@@ -493,11 +460,14 @@ class QuantSpec:
     costs: Tensor | None = field(default=None, compare=False, repr=False)
     qmin = property(lambda self: -(1 << (self.bits - 1)))
     qmax = property(lambda self: (1 << (self.bits - 1)) - 1)
-
 QuantPlan = dict[str, QuantSpec]  # parameter name -> grid; parameters that it does not name are stored as fp16
+def plain(plan: QuantPlan) -> dict[str, tuple[int, float, Tensor | None]]:
+    """A plan as values that files can hold; QuantSpec(*values) makes a grid of them again."""
+    return {name: (spec.bits, spec.step, spec.costs) for name, spec in plan.items()}
 StoredState = dict[str, tuple[Tensor, ...]]  # name -> (codes int8, scale fp16) or (values fp16,)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # what fp16 can store
 PRUNE_ABOVE_ELEMENTS = 65536
+HESSIAN_DAMPING, FEEDBACK_BLOCK = 0.01, 128  # share of the mean diagonal; columns whose errors are passed on together
 # The menu of steps for rate control; how much the steps of rows differ by their size and by what their errors cost.
 STEPS = [1.5 * 2 ** (-i / 6) for i in range(34)]
 SIZE_POWER, COST_POWER, LEAST_COST = 0.3, -0.35, 0.03
@@ -506,18 +476,16 @@ def category(name: str) -> str:
     if not name.endswith(("_proj.weight", "embed.weight", "lm_head.weight")): return "small"
     return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
 def quant_spec_for(name: str, cfg: Config) -> QuantSpec | None:
-    """The grid that a parameter starts with; None for fp16 (embeddings, small ones, one key projection).
-    The second-to-last block's key projection stays in fp16, as in the design's parent (pull request 180)."""
+    """The grid that a parameter starts with; None for fp16: embeddings, small ones, one key projection (as in #180)."""
     if name == f"blocks.{cfg.num_layers - 2}.attn.k_proj.weight": return None
     bits = {"mlp": cfg.mlp_bits, "attn": cfg.attn_bits, "bigram": cfg.bigram_bits}.get(category(name))
     return QuantSpec(bits) if bits else None
-def starting_plan(state: Mapping[str, Tensor], cfg: Config) -> QuantPlan:
-    """The grids that the parameters of `state` start with."""
+def starting_plan(state: Iterable[str], cfg: Config) -> QuantPlan:  # of parameter names
     return {name: spec for name in state if (spec := quant_spec_for(name, cfg))}
 def row_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Scale per row of `weight` (R, C), rounded to fp16, returned as fp32 (R,). Call it outside compiled code: Inductor
-    drops the round trip through fp16, and the stored scale would differ. With one code table for all rows, entropy
-    coding asks for steps in proportion to the rows, rate theory for steps by cost alone: the powers lie between."""
+    """Scale per row of `weight` (R, C), rounded to fp16, as fp32 (R,); not in compiled code, which drops that rounding.
+    With one code table for all rows, entropy coding asks for steps in proportion to the rows, rate theory for steps by
+    cost alone: the powers lie between."""
     if spec.step:
         size = weight.double().square().mean(dim=1).sqrt()
         scale = spec.step * size.mean() ** (1 - SIZE_POWER) * size**SIZE_POWER
@@ -536,30 +504,53 @@ def quantize_per_row(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """(codes int8 (R, C), scale fp16 (R,)) of a finite `weight` (R, C), as they are stored."""
     scale = row_scale(weight, spec)
     return round_to_grid(weight, scale, spec), scale.to(torch.float16)
+def round_with_feedback(weight: Tensor, scale: Tensor, spec: QuantSpec, hessian: Tensor) -> Tensor:
+    """`round_to_grid` in which later columns take up the errors of earlier ones (GPTQ, arXiv:2210.17323). `hessian`
+    (C, C): sum of the products of the layer's inputs. Its diagonal orders the columns, its inverse the shares."""
+    order = hessian.diagonal().argsort(descending=True)
+    h = hessian[order][:, order].double()
+    h.diagonal().add_(HESSIAN_DAMPING * h.diagonal().mean().clamp(min=1e-12))
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    w, codes = weight[:, order].clone(), torch.empty_like(weight, dtype=torch.int8)
+    for begin in range(0, w.size(1), FEEDBACK_BLOCK):
+        block, errors = w[:, begin : begin + FEEDBACK_BLOCK], []
+        for i in range(block.size(1)):
+            at, column = begin + i, block[:, i : i + 1]
+            codes[:, at : at + 1] = done = round_to_grid(column, scale, spec)
+            errors.append((column - dequantize_per_row(done, scale)) / upper[at, at])
+            block[:, i + 1 :] -= errors[-1] * upper[at, at + 1 : begin + block.size(1)]
+        w[:, at + 1 :] -= torch.cat(errors, dim=1) @ upper[begin : at + 1, at + 1 :]
+    return codes[:, order.argsort()]
 def fake_quantize_per_row(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """What `weight` (R, C) will be after export and load; `scale` is `row_scale(weight, spec)`."""
     return dequantize_per_row(round_to_grid(weight, scale, spec), scale)
-def straight_through(quantized: Tensor, weight: Tensor) -> Tensor:
-    """The value of `quantized` with the gradient of `weight` (straight-through estimator, arXiv:1308.3432)."""
-    return quantized + (weight - weight.detach())  # the difference is exactly 0, so the value is exact, too
 def prune_smallest(weight: Tensor, frac: float) -> Tensor:
     """`weight` with its share `frac` of smallest magnitudes set to zero."""
     count = int(frac * weight.numel())
     return weight * (weight.abs() > weight.abs().flatten().kthvalue(count).values) if count else weight
-def quantize_state(state: Mapping[str, Tensor], plan: QuantPlan, cfg: Config, log: Log) -> StoredState:
-    """Prune and round every tensor: name -> (codes, scale) where the plan has a grid, else (fp16 values,)."""
+def quantize_state(state: Mapping[str, Tensor], plan: QuantPlan, cfg: Config, log: Log,
+                   hessians: Mapping[str, Tensor], share: Runtime | None = None) -> StoredState:
+    """Prune and round every tensor: name -> (codes, scale) where the plan has a grid, else (fp16 values,), on the CPU.
+    Those in `hessians` are rounded with error feedback, with `share` each of them by one rank for all."""
     stored: StoredState = {}
     changed: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for name, value in state.items():
-        weight, spec, kind = value.detach().float().cpu(), plan.get(name), category(name)
-        if not torch.isfinite(weight.to(torch.float16)).all():
+    for i, (name, value) in enumerate(state.items()):
+        full, spec, kind = value.detach().float(), plan.get(name), category(name)
+        if not torch.isfinite(full.to(torch.float16)).all():
             raise ValueError(f"{name} is not finite or beyond fp16: the training diverged, nothing was exported")
-        large = weight.dim() == 2 and weight.numel() > PRUNE_ABOVE_ELEMENTS
+        large = full.dim() == 2 and full.numel() > PRUNE_ABOVE_ELEMENTS
         frac = cfg.mlp_prune_frac if kind == "mlp" else cfg.prune_frac if large else 0.0
-        both = (weight, prune_smallest(weight, frac))
-        before, stored[name] = (quantize_per_row(w, spec) if spec else (w.to(torch.float16),) for w in both)
+        weight = prune_smallest(full, frac)
+        scale, codes = row_scale(weight, spec) if spec else None, weight.to(torch.float16)
+        if spec is not None and scale is not None:
+            codes = round_to_grid(weight, scale, spec)
+            if name in hessians and (share is None or i % share.world_size == share.rank):
+                codes = round_with_feedback(weight, scale, spec, hessians[name].to(weight.device))
+            if name in hessians and share: codes = share.all_reduce(codes * (i % share.world_size == share.rank))
+        stored[name] = (codes.cpu(),) if scale is None else (codes.cpu(), scale.to(torch.float16).cpu())
         if frac:
-            changed[kind][0] += int((stored[name][0] != before[0]).sum())
+            unpruned = full if spec is None or scale is None else round_to_grid(full, scale, spec)
+            changed[kind][0] += int((unpruned[weight == 0] != 0).sum())
             changed[kind][1] += weight.numel()
     for kind, (count, of) in changed.items(): log(f"prune category:{kind} codes_changed:{count} of:{of}")
     return stored
@@ -589,12 +580,8 @@ def rate_table(state: Mapping[str, Tensor], costs: Mapping[str, Tensor], kept: Q
             table[name].append((order0_bytes(codes) + 2 * len(codes), error, spec))
         if kind != "mlp" and name not in kept: table[name].append((2.0 * weight.numel(), 0.0, None))
     return table
-def planned_bytes(table: RateTable, plan: QuantPlan) -> float:
-    """Predicted size of all parameters under a plan made from `table`."""
-    return sum(next(size for size, _, spec in points if spec == plan.get(name)) for name, points in table.items())
 def allocate(table: RateTable, budget: float) -> QuantPlan:
-    """Spend `budget` predicted bytes: from the coarsest grids on, always the step that lowers the expected loss most
-    per byte among those that still fit. Deterministic: ties go to the later name."""
+    """Spend `budget` predicted bytes: always on the finer grid that lowers the expected loss most per byte and fits."""
     level, left = dict.fromkeys(table, 0), budget - sum(points[0][0] for points in table.values())
     while True:
         steps = [(table[n][i + 1][0] - table[n][i][0], table[n][i][1] - table[n][i + 1][1], n)
@@ -603,42 +590,36 @@ def allocate(table: RateTable, budget: float) -> QuantPlan:
         if not moves: return {name: spec for name, i in level.items() if (spec := table[name][i][2])}
         _, name, size = max(moves)
         level[name], left = level[name] + 1, left - size
-
 # ---- 5 Model ---------------------------------------------------------------------------------------------------------
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension without weights (arXiv:1910.07467), in the format of `x`."""
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each (B, T, KV, head_dim)
-ATTENTION_CHUNK = 256  # queries that `attend_in_chunks` takes at a time
-BAND_CHUNKS = 16  # the banded evaluation scores segments of so many chunks of TRAIN_SEQ_LEN tokens
-
+Kept = list[KeyValue]  # of all layers
+ATTENTION_CHUNK, BAND_CHUNKS = 256, 16  # queries at a time in `attend_in_chunks`; chunks in an evaluated segment
 class CastedLinear(nn.Module):
-    """Linear layer without bias: fp32 master weight, cast to the format of its input in the forward.
-    With a `spec` it trains under fake quantization: `refresh` rounds the weight once per optimizer step into
-    `forward_weight`, and the forward uses that value with a straight-through gradient to the master weight. Whether
-    quantization is on is a matter of values, not of the graph: switching it on in mid-run recompiles nothing."""
+    """Linear layer without bias: fp32 master weight, cast to the format of its input in the forward. With a `spec` it
+    trains under fake quantization: once per optimizer step `refresh` rounds the weight into `forward_weight`, which the
+    forward uses. Quantization is a matter of values, not of the graph: switching it on recompiles nothing."""
     forward_weight: Tensor
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.spec = spec
+        self.weight, self.spec = nn.Parameter(torch.empty(out_features, in_features)), spec
         self.trains_on_grid = spec is not None  # unlike `spec`, nothing that changes during a run
-        if self.trains_on_grid:
-            self.register_buffer("forward_weight", torch.empty(out_features, in_features), persistent=False)
+        if spec: self.register_buffer("forward_weight", torch.empty_like(self.weight.data), persistent=False)
     @torch.no_grad()
     def refresh(self, quantize: bool) -> None:
         """Set the weight that the forward uses: fake-quantized, or the master weight itself."""
         if self.spec is not None:
             scale = row_scale(self.weight, self.spec)
             self.forward_weight.copy_(fake_quantize_per_row(self.weight, scale, self.spec) if quantize else self.weight)
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        weight = straight_through(self.forward_weight, self.weight) if self.trains_on_grid else self.weight
-        return F.linear(x, weight.to(x.dtype))
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the split halves of queries or keys (B, T, H, head_dim) by their positions' angles (T, head_dim / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if not self.trains_on_grid: return F.linear(x, self.weight.to(x.dtype))
+        # Straight-through estimator (arXiv:1308.3432): the difference is exactly 0, its gradient the weight's.
+        return F.linear(x, (self.forward_weight + (self.weight - self.weight.detach())).to(x.dtype))
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the split halves of queries or keys (B, T, H, head_dim) by cosines and sines (2, T, head_dim / 2)."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope.to(x.dtype).unsqueeze(2)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 def visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """Mask (queries, keys): a query, counted from the end as the keys are, sees itself and `window - 1` keys before."""
@@ -659,8 +640,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, kernel: str) -> Tensor:
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2)
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """What `attend` computes, by matrix products over chunks of queries and the keys that they see: on a CPU more than
-    twice as fast as PyTorch's fused kernel, forward and backward (README, "Speed")."""
+    """What `attend` computes, chunk of queries by chunk: faster than PyTorch's kernel on a CPU (tests/bench.py)."""
     (batch, span, heads, dim), (_, length, kv_heads, _) = q.shape, k.shape
     q = (q * dim**-0.5).view(batch, span, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)  # (B, KV, H / KV, S, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -675,7 +655,6 @@ def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         out = weights.view(batch, kv_heads, -1, end - first) @ v[:, :, first:end]
         outs.append(out.view(batch, kv_heads, -1, rows, dim))
     return torch.cat(outs, 3).permute(0, 3, 1, 2, 4).reshape(batch, span, heads, dim)
-
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention with RMS-normalised queries and keys, RoPE and a learned gain per query head."""
     def __init__(self, cfg: Config, index: int, kernel: str) -> None:
@@ -687,16 +666,13 @@ class CausalSelfAttention(nn.Module):
         self.q_proj, self.out_proj = CastedLinear(dim, dim), CastedLinear(dim, dim)
         self.k_proj, self.v_proj = CastedLinear(dim, kv_dim), CastedLinear(dim, kv_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-    def forward(self, x: Tensor, span: int, rope: KeyValue, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """x (B, T, D) -> attention output of its last `span` positions (B, span, D), keys and values of x.
-        `rope`: (cos, sin) of x's positions; `past`: keys and values of the positions before x, if any."""
+    def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """x (B, T, D) -> output of its last `span` positions (B, span, D), keys and values; `past`: those before x."""
         batch, length, _ = x.shape
-        cos, sin = rope
+        k, v = (f(x).view(batch, length, -1, self.head_dim) for f in (self.k_proj, self.v_proj))
         q = self.q_proj(x[:, length - span :]).view(batch, span, -1, self.head_dim)
-        k = self.k_proj(x).view(batch, length, -1, self.head_dim)
-        v = self.v_proj(x).view(batch, length, -1, self.head_dim)
-        q = rotate(norm(q), cos[length - span :], sin[length - span :]) * self.q_gain.to(q.dtype).unsqueeze(-1)
-        own = k, v = rotate(norm(k), cos, sin), v
+        q = rotate(norm(q), rope[:, length - span :]) * self.q_gain.to(q.dtype).unsqueeze(-1)
+        own = k, v = rotate(norm(k), rope), v
         if past is not None: k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
         out = attend(q, k, v, self.window, self.kernel)  # (B, span, H, head_dim)
         if self.exclusive:  # XSA: drop the part along the position's own value, which the residual stream has anyway
@@ -704,7 +680,6 @@ class CausalSelfAttention(nn.Module):
             out = out.view(batch, span, value.size(2), -1, self.head_dim)
             out = out - (out * value).sum(dim=-1, keepdim=True) * value
         return self.out_proj(out.reshape(batch, span, -1)), own
-
 class MLP(nn.Module):
     """Two layers with squared (leaky) ReLU (Primer, arXiv:2109.08668)."""
     def __init__(self, cfg: Config, plan: QuantPlan, prefix: str) -> None:
@@ -712,11 +687,9 @@ class MLP(nn.Module):
         hidden, self.slope = cfg.mlp_mult * cfg.model_dim, cfg.relu_slope
         self.up_proj = CastedLinear(cfg.model_dim, hidden, plan.get(f"{prefix}.up_proj.weight"))
         self.down_proj = CastedLinear(hidden, cfg.model_dim, plan.get(f"{prefix}.down_proj.weight"))
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         hidden = F.leaky_relu(self.up_proj(x), self.slope)
         return self.down_proj(hidden * hidden)
-
 class Block(nn.Module):
     """Residual mix with the embedded input, then attention and MLP, each scaled per channel."""
     def __init__(self, cfg: Config, plan: QuantPlan, index: int, kernel: str) -> None:
@@ -724,25 +697,13 @@ class Block(nn.Module):
         self.attn, self.mlp = CausalSelfAttention(cfg, index, kernel), MLP(cfg, plan, f"blocks.{index}.mlp")
         self.mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
-    def forward(self, x: Tensor, x0: Tensor, span: int, rope: KeyValue, past: KeyValue | None = None
-                ) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, x0: Tensor, span: int, rope: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """x, x0 (B, T, D) -> the last `span` positions (B, span, D); earlier ones only give keys and values."""
         mix, length = self.mix.to(x.dtype), x.size(1)
         x = mix[0] * x + mix[1] * x0
         h, own = self.attn(norm(x), span, rope, past)
         x = x[:, length - span :] + self.attn_scale.to(x.dtype) * h  # (B, span, D)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x)), own
-
-class SmearGate(nn.Module):
-    """Blend each position with its predecessor by a learned gate per channel (modded-nanogpt)."""
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.zeros(dim))
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D); position 0 has a zero predecessor."""
-        g = torch.sigmoid(self.gate).to(x.dtype)
-        return (1 - g) * x + g * F.pad(x, (0, 0, 1, 0))[:, :-1]
-
 class BigramHash(nn.Module):
     """Embedding of hashed token pairs, projected to the model width. Only the table starts at zero: both learn."""
     def __init__(self, cfg: Config) -> None:
@@ -751,33 +712,28 @@ class BigramHash(nn.Module):
         self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
         self.out_proj = CastedLinear(cfg.bigram_dim, cfg.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
-    def bucket(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> bucket (B, T) of each token and its predecessor; the last one at position 0."""
+    def bucket(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T), of a token and the one before
         ids = input_ids.to(torch.int32)
         pair = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.buckets - 1)
         return F.pad(pair, (1, 0), value=self.buckets - 1)
-    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T) -> (B, T, model_dim)."""
+    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:  # (B, T) -> (B, T, model_dim)
         return self.out_proj(self.embed(self.bucket(input_ids)).to(dtype)) * self.scale.to(dtype)
-
 class GPT(nn.Module):
     """The whole model. One forward path: `embedded` -> `hidden` -> `logits` -> `nll`."""
-    cos: Tensor
-    sin: Tensor
+    angles: Tensor
     def __init__(self, cfg: Config, plan: QuantPlan, dtype: torch.dtype, kernel: str = "sdpa") -> None:
         """`plan`: grids that the MLP trains on (empty: none); `dtype`: of the forward; `kernel`: see `attend`."""
         super().__init__()
         self.dtype, self.softcap = dtype, cfg.logit_softcap
         self.embed = nn.Embedding(cfg.vocab_size, cfg.model_dim)
-        self.bigram, self.smear = BigramHash(cfg), SmearGate(cfg.model_dim)
+        self.bigram, self.smear_gate = BigramHash(cfg), nn.Parameter(torch.zeros(cfg.model_dim))
         self.blocks = nn.ModuleList(Block(cfg, plan, i, kernel) for i in range(cfg.num_layers))
         self.num_skips = cfg.num_layers // 2
         self.skip_scale = nn.Parameter(torch.ones(self.num_skips, cfg.model_dim))
         self.lm_head = None if cfg.tie_embeddings else CastedLinear(cfg.model_dim, cfg.vocab_size)
         head_dim, positions = cfg.model_dim // cfg.num_heads, torch.arange((1 + BAND_CHUNKS) * cfg.train_seq_len)
         angles = torch.outer(positions.float(), cfg.rope_base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
-        self.register_buffer("cos", angles.cos(), persistent=False)  # RoPE (arXiv:2104.09864)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("angles", torch.stack((angles.cos(), angles.sin())), persistent=False)  # arXiv:2104.09864
     @torch.no_grad()
     def init_weights(self, cfg: Config) -> None:
         """Initial weights; the gains, scales and gates have theirs from their constructors."""
@@ -788,32 +744,28 @@ class GPT(nn.Module):
         self.bigram.out_proj.weight.mul_((2 * cfg.num_layers) ** -0.5)
         self.bigram.embed.weight.zero_()
         nn.init.normal_(self.embed.weight, std=cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0)
-    def set_grids(self, plan: QuantPlan) -> None:
-        """Let the layers that train under fake quantization use the grids of `plan`."""
+    def refresh(self, quantize: bool, plan: QuantPlan | None = None) -> None:
+        """After the weights changed: fake-quantize the layers that train so, or not; `plan`: new grids."""
         for name, module in self.named_modules():
-            if isinstance(module, CastedLinear) and module.spec: module.spec = plan[f"{name}.weight"]
-    def refresh(self, quantize: bool) -> None:
-        """After the weights changed: fake-quantize the layers that the plan names, or (False) take them as they are."""
-        for module in self.modules():
-            if isinstance(module, CastedLinear): module.refresh(quantize)
+            if isinstance(module, CastedLinear):
+                if plan and module.spec: module.spec = plan[f"{name}.weight"]
+                module.refresh(quantize)
     def embedded(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> input of the first block (B, T, D)."""
-        return self.smear(norm(self.embed(input_ids).to(self.dtype) + self.bigram(input_ids, self.dtype)))
-    def rope(self, begin: int, length: int) -> KeyValue:
-        """(cos, sin), each (length, head_dim / 2), of the positions from `begin` on."""
-        return self.cos[begin : begin + length], self.sin[begin : begin + length]
-    def hidden(self, x0: Tensor, span: int, rope: KeyValue, past: list[KeyValue] | None = None
-               ) -> tuple[Tensor, list[KeyValue]]:
-        """Embedded input (B, T, D) -> final normalised hidden states of its last `span` positions (B, span, D), and
-        each layer's keys and values, which serve as `past` for the positions that follow."""
+        """Token ids (B, T) -> x0 (B, T, D): embeddings; SmearGate blends in the predecessor (modded-nanogpt)."""
+        x = norm(self.embed(input_ids).to(self.dtype) + self.bigram(input_ids, self.dtype))
+        gate = torch.sigmoid(self.smear_gate).to(x.dtype)
+        return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, 0))[:, :-1]
+    def rope(self, begin: int, length: int) -> Tensor:  # cosines and sines (2, length, head_dim / 2) from `begin` on
+        return self.angles[:, begin : begin + length]
+    def hidden(self, x0: Tensor, span: int, rope: Tensor, past: Kept | None = None) -> tuple[Tensor, Kept]:
+        """x0 (B, T, D) -> hidden states of the last `span` positions, keys and values (`past` of the next)."""
         x, skip_scale = x0, self.skip_scale.to(self.dtype)
         skips: list[Tensor] = []
-        kept: list[KeyValue] = []
+        kept: Kept = []
         for i, block in enumerate(self.blocks):
             if i >= self.num_skips and skips:  # with an odd number of blocks the last one has no skip to take
                 x = x + skip_scale[i - self.num_skips] * skips.pop()
-            last = i == len(self.blocks) - 1
-            x, own = block(x, x0, span if last else x.size(1), rope, past[i] if past else None)
+            x, own = block(x, x0, span if block is self.blocks[-1] else x.size(1), rope, past[i] if past else None)
             kept.append(own)
             if i < self.num_skips: skips.append(x)
         return norm(x), kept
@@ -821,20 +773,24 @@ class GPT(nn.Module):
         """(B, S, D) -> soft-capped logits (B, S, VOCAB_SIZE), fp32."""
         raw = F.linear(hidden, self.embed.weight.to(hidden.dtype)) if self.lm_head is None else self.lm_head(hidden)
         return self.softcap * torch.tanh(raw.float() * (1 / self.softcap))
-    def chunk_nll(self, x0: Tensor, target_ids: Tensor, rope: KeyValue, past: list[KeyValue] | None
-                  ) -> tuple[Tensor, list[KeyValue]]:
-        """Negative log-likelihood (B, S), fp32 nats, of the targets (B, S) of the last S positions of the embedded
-        input (B, T, D), and what `hidden` keeps."""
+    def chunk_nll(self, x0: Tensor, target_ids: Tensor, rope: Tensor, past: Kept | None) -> tuple[Tensor, Kept]:
+        """NLL (B, S), fp32 nats, of the targets (B, S) of x0's last S positions, and what `hidden` keeps."""
         hidden, kept = self.hidden(x0, target_ids.size(1), rope, past)
         nll = F.cross_entropy(self.logits(hidden).flatten(0, 1), target_ids.flatten(), reduction="none")
         return nll.view_as(target_ids), kept
     def nll(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """`chunk_nll` of token ids (B, T) that start a sequence."""
         return self.chunk_nll(self.embedded(input_ids), target_ids, self.rope(0, input_ids.size(1)), None)[0]
-    def loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
-        """Mean NLL of a training batch, nats per token."""
+    def loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:  # mean NLL of a training batch, nats per token
         return self.nll(input_ids, target_ids).mean()
-
+def activation_bytes(cfg: Config, rt: Runtime) -> float:
+    """Bytes per token that the forward keeps for the backward: a count of saved tensors (compiled graphs keep less)."""
+    size, dim, kv = rt.compute_dtype.itemsize, cfg.model_dim, cfg.model_dim * cfg.num_kv_heads // cfg.num_heads
+    block = (12 + 8 * size + 3 * size * cfg.mlp_mult) * dim + (4 + 2 * size) * kv + 9 * cfg.num_heads
+    if rt.attention == "chunks":  # scores of every query with the keys of its chunk
+        block += size * (cfg.train_seq_len + ATTENTION_CHUNK) // 2 * (cfg.num_heads + 2 * kv // ATTENTION_CHUNK)
+    exclusive = min(cfg.xsa_layers, cfg.num_layers) * size * (dim + kv)
+    return cfg.num_layers * block + exclusive + (8 + 5 * size) * dim + 8 * cfg.vocab_size
 # ---- 6 Optimizers ----------------------------------------------------------------------------------------------------
 def newton_schulz(grads: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Approximately orthogonalise a stack of matrices (N, R, C): quintic iteration of Muon (Keller Jordan, 2024)."""
@@ -846,20 +802,16 @@ def newton_schulz(grads: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
     return x.mT if tall else x
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, then orthogonalised updates (Keller Jordan, 2024), with decoupled weight decay.
-    Matrices of one shape (a matrix and the transpose of another count as one shape) are orthogonalised as one
-    batched stack. The stacks are shared out over the ranks by work; the momentum is the same on all of them."""
+    Matrices of one shape are orthogonalised as one stack, shared out over the ranks by work; momentum is on all."""
     def __init__(self, params: list[nn.Parameter], cfg: Config, rt: Runtime) -> None:
         super().__init__(params, {"lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
         self.decay, self.steps, self.rt, self.equal_rows = cfg.weight_decay, cfg.muon_backend_steps, rt, cfg.muon_eq
-        # Multiplications of one Newton-Schulz iteration; the largest matrices are given away first.
+        # Ranks take turns over the matrices, those with the most multiplications per iteration first.
         work = [2.0 * min(p.shape) ** 2 * max(p.shape) + min(p.shape) ** 3 for p in params]
-        self.owner, load = [0] * len(params), [0.0] * rt.world_size
-        for i in sorted(range(len(params)), key=lambda i: -work[i]):
-            self.owner[i] = load.index(min(load))
-            load[self.owner[i]] += work[i]
+        turns = enumerate(sorted(range(len(params)), key=lambda i: -work[i]))
+        self.mine = sorted(i for turn, i in turns if turn % rt.world_size == rt.rank)
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients in place."""
@@ -869,23 +821,19 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])
-        if self.equal_rows:  # rows of equal norm orthogonalise better (MuonEq-R)
-            updates = tuple(u / (u.norm(dim=1, keepdim=True) + 1e-12) for u in updates)
         flat = torch.zeros(sum(p.numel() for p in params), dtype=self.rt.compute_dtype, device=params[0].device)
         views = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
-        stacks: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, p in enumerate(params):
-            if self.owner[i] == self.rt.rank: stacks[tuple(sorted(p.shape))].append(i)
+        stacks: dict[torch.Size, list[int]] = defaultdict(list)
+        for i in self.mine: stacks[params[i].shape].append(i)
         for members in stacks.values():
-            wide = [updates[i] if updates[i].size(0) <= updates[i].size(1) else updates[i].mT for i in members]
-            orthogonal = newton_schulz(torch.stack(wide), self.steps, self.rt.compute_dtype)
-            for i, done in zip(members, orthogonal, strict=True):
-                views[i].copy_(done if updates[i].size(0) <= updates[i].size(1) else done.mT)
+            stack = torch.stack([updates[i] for i in members])
+            if self.equal_rows: stack /= stack.norm(dim=2, keepdim=True) + 1e-12  # MuonEq-R
+            orthogonal = newton_schulz(stack, self.steps, self.rt.compute_dtype)
+            torch._foreach_copy_([views[i] for i in members], list(orthogonal))
         self.rt.all_reduce(flat)  # each rank filled in its own matrices
         torch._foreach_mul_(params, 1 - group["lr"] * self.decay)
         for p, update in zip(params, views, strict=True):
             p.add_(update.to(p.dtype), alpha=-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
-
 class Optimizers:
     """All optimizers of a run over one flat gradient: one all-reduce, one clip, one schedule."""
     def __init__(self, model: GPT, cfg: Config, rt: Runtime) -> None:
@@ -903,13 +851,13 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = [adam, self.muon]
         check_ownership(params, self.all)
         self.base_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
-        # Gradients are views of one buffer that ends with what ranks must agree on: loss, rank 0's clock.
+        # Gradients are views of one buffer that ends with what ranks must agree on: loss, rank 0's clock, stop signal.
         sizes = [p.numel() for p in params.values()]
-        self.flat = torch.zeros(sum(sizes) + 2, device=rt.device)
-        for p, view in zip(params.values(), self.flat.split([*sizes, 2]), strict=False): p.grad = view.view_as(p)
-        self.grad, self.shared = self.flat[:-2], self.flat[-2:]
+        self.flat = torch.zeros(sum(sizes) + 3, device=rt.device)
+        for p, view in zip(params.values(), self.flat.split([*sizes, 3]), strict=False): p.grad = view.view_as(p)
+        self.grad, self.shared = self.flat[:-3], self.flat[-3:]
     def step(self, lr_scale: float, step: int) -> Tensor:
-        """Sum the gradient over ranks, clip, update; returns loss, rank 0's clock (s), gradient norm."""
+        """Sum the gradient over ranks, clip, update; returns loss, rank 0's clock (s), stop signal, gradient norm."""
         self.rt.all_reduce(self.flat)
         grad_norm = self.grad.norm()
         if self.cfg.grad_clip_norm > 0: self.grad.mul_((self.cfg.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
@@ -923,22 +871,20 @@ class Optimizers:
         metrics = torch.cat((self.shared, grad_norm.view(1)))
         self.flat.zero_()
         return metrics
-def train_flops_per_token(model: GPT, cfg: Config) -> float:
-    """Floating-point operations of forward and backward: 6 for each weight in a matrix product (2 forward, 4 backward)
+def step_flops(model: GPT, cfg: Config) -> float:
+    """Floating-point operations of a step, per token 6 for each weight in a matrix product (2 forward, 4 backward)
     and, for causal attention (two products over half of the T x T pairs), 6 * num_layers * model_dim * T."""
     products = [p.numel() for n, p in model.named_parameters() if n.endswith(("_proj.weight", "lm_head.weight"))]
     head = model.embed.weight.numel() if cfg.tie_embeddings else 0
-    return 6.0 * (sum(products) + head + cfg.num_layers * cfg.model_dim * cfg.train_seq_len)
+    return 6.0 * cfg.train_batch_tokens * (sum(products) + head + cfg.num_layers * cfg.model_dim * cfg.train_seq_len)
 def check_ownership(params: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Raise ValueError unless every parameter is owned by exactly one optimizer."""
     owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     wrong = {name: owned.count(id(p)) for name, p in params.items() if owned.count(id(p)) != 1}
     if wrong or len(owned) != len(params):
         raise ValueError(f"every parameter needs exactly one optimizer; owners counted: {wrong or len(owned)}")
-
-# ---- 7 Schedules and weight averaging --------------------------------------------------------------------------------
-def training_seconds(cfg: Config) -> float:
-    """The wall-clock cap (0: none) less what is kept for the look at training tokens before the export."""
+# ---- 7 Schedules -----------------------------------------------------------------------------------------------------
+def training_seconds(cfg: Config) -> float:  # the cap (0: none) less what is kept to choose what is exported
     return cfg.max_wallclock_seconds * (1 - cfg.calibration_reserve)
 def lr_scale_at(step: int, elapsed: float, step_seconds: float, cfg: Config) -> float:
     """Learning-rate factor in [0, 1]: constant, then linear to 0 over the last `warmdown_iters` steps or their worth of
@@ -948,22 +894,6 @@ def lr_scale_at(step: int, elapsed: float, step_seconds: float, cfg: Config) -> 
         scale = min(scale, (cfg.iterations - step) / cfg.warmdown_iters)
         if cap and step_seconds > 0: scale = min(scale, (cap - elapsed) / (cfg.warmdown_iters * step_seconds))
     return max(scale, 0.0)
-def progress_at(step: int, elapsed: float, cfg: Config) -> float:
-    """Share of the run that is done: the larger of steps and wall clock."""
-    return max(step / cfg.iterations, elapsed / training_seconds(cfg) if cfg.max_wallclock_seconds else 0.0)
-
-class WeightAverage:
-    """Stochastic weight averaging (arXiv:1803.05407): fp32 sums of snapshots of the master weights."""
-    def __init__(self) -> None:
-        self.count, self.sums = 0, dict[str, Tensor]()
-    def add(self, weights: Mapping[str, Tensor]) -> None:
-        """Add a snapshot."""
-        self.sums = {n: self.sums[n].add_(w) if self.count else w.float().clone() for n, w in weights.items()}
-        self.count += 1
-    def average(self) -> dict[str, Tensor]:
-        """Mean of the snapshots, fp32."""
-        return {name: total / self.count for name, total in self.sums.items()}
-
 # ---- 8 Evaluation ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class EvalResult:
@@ -972,20 +902,17 @@ class EvalResult:
     val_bpb: float
     text_bytes: int
     seconds: float
-    mode: str  # sliding, or banded
     def __str__(self) -> str:
         return f"val_loss:{self.val_loss:.8f} val_bpb:{self.val_bpb:.8f}"
 def scoring_windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows (start, first, last): the window at token `start` scores its targets [first, last), counted from `start`.
-    The first window scores all its targets, every later one its last `stride`, the very last what is left over: each
-    of the split's `targets` targets is scored exactly once, with as much context as its window gives."""
+    """Windows (start, first, last) that score targets [first, last) from `start` on: the first window all its targets,
+    every later one its last `stride`, the last one what is left over: each of the `targets` exactly once."""
     windows, done = [(0, 0, seq_len)], seq_len
     while done < targets:
         new = min(stride, targets - done)
         windows.append((done + new - seq_len, seq_len - new, seq_len))
         done += new
     return windows
-
 class Evaluator:
     """Bits per byte of a model on the validation split, on all ranks, through fixed-shape compiled graphs."""
     def __init__(self, data: Data, cfg: Config, rt: Runtime) -> None:
@@ -1004,7 +931,7 @@ class Evaluator:
                 rt.log(f"{label} done:{share:.1%} eta:{(now - begun) * (1 - share) / share:.0f}s")
         total, text_bytes = rt.all_reduce(sums).tolist()
         bpb = total / math.log(2) / max(text_bytes, 1)
-        return EvalResult(total / self.data.val_targets, bpb, round(text_bytes), time.monotonic() - started, mode)
+        return EvalResult(total / self.data.val_targets, bpb, round(text_bytes), time.monotonic() - started)
     def sliding(self, model: GPT, batch: int) -> Iterator[tuple[float, Tensor]]:
         """(share of this rank's work that is done, `_sums`) of batches of windows, see `scoring_windows`."""
         seq_len, rank = self.cfg.train_seq_len, self.rt.rank
@@ -1022,9 +949,8 @@ class Evaluator:
             with self.rt.autocast(): losses = (model.nll if span > stride else nll)(inputs, targets)
             yield done / len(batches), self._sums(losses, inputs[:, -span:], targets, slot[-span:] >= first[:, None])
     def banded(self, model: GPT, batch: int) -> Iterator[tuple[float, Tensor]]:
-        """The same from one pass, in which a position attends to itself and the seq_len - 1 positions before it.
-        The split is cut into segments of BAND_CHUNKS chunks of seq_len tokens; each but the first starts with the last
-        chunk of the one before, unscored. Chunk by chunk, a layer's keys and values of the chunk before are `past`."""
+        """The same from one pass, in which a position attends to itself and the seq_len - 1 positions before; segments
+        of BAND_CHUNKS chunks, each after the last chunk of the one before, unscored; the chunk before is `past`."""
         seq_len, rt = self.cfg.train_seq_len, self.rt
         chunks = self.data.val_targets // seq_len
         mine = range(0, max(chunks - 1, 1), BAND_CHUNKS)[rt.rank :: rt.world_size]
@@ -1041,17 +967,12 @@ class Evaluator:
                 scored = torch.tensor([[start + i < chunks and (i > 0 or start == 0)] for start in starts])
                 done = (at + len(starts) * (i + 1) / (1 + BAND_CHUNKS)) / len(mine)
                 yield min(done, 1.0), self._sums(losses, inputs, targets, scored.to(rt.device))
-    def _tokens(self, starts: Iterable[int], count: int) -> Tensor:
-        """`count` tokens from each start on (len(starts), count), on the device."""
+    def _tokens(self, starts: Iterable[int], count: int) -> Tensor:  # (len(starts), count), on the device
         return torch.from_numpy(np.stack([self.data.val.read(start, count) for start in starts])).to(self.rt.device)
     def _sums(self, losses: Tensor, inputs: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
         """(NLL, bytes) summed in float64 over the targets that are `scored`; all (B, S) or broadcast to it."""
         counts = self.token_bytes.count(inputs, targets)
         return torch.stack(((losses.double() * scored).sum(), (counts * scored).sum().double()))
-    def during_training(self, model: GPT) -> EvalResult:
-        """The banded pass in batches of VAL_BATCH_SIZE tokens: the cheaper mode, about equal to the sliding window."""
-        batch = max(1, self.cfg.val_batch_size // self.cfg.train_seq_len // self.rt.world_size)
-        return self.run(model, "banded", batch, "validation")
     def report(self, model: GPT, label: str) -> None:
         """Score `model` by EVAL_MODE; as "final" (read from an artifact) print the run's last lines."""
         cfg = self.cfg
@@ -1061,13 +982,11 @@ class Evaluator:
         self.rt.log(f"{label}_{cfg.eval_mode} {how} {result} {rate}")
         if label == "final":  # an alias that the challenge's log readers look for: nothing here is int8 or zlib
             self.rt.log(f"final_int8_zlib_roundtrip_exact {result}")
-
 # ---- 9 Artifact: header and flat streams in one zstd frame -----------------------------------------------------------
 ARTIFACT_HEAD = b"PGPT" + struct.pack("<I", 1)  # magic and format version
 ZSTD_LEVEL, MAX_PAYLOAD_BYTES = 22, 1 << 30
 STREAMS = ("int4", "int5", "int6", "int7", "int8", "scale", "fp16")  # int4: codes of 2 to 4 bits, two to a byte
 EXPORT_ROUNDS, FULL_ENOUGH, AIM = 5, 0.996, 0.998  # compressions at most; shares of the limit: done, and aimed at
-ZSTD_OVER_ENTROPY, ZSTD_WINDOW_LOG = 1.0, 14  # file over order-0 entropy, before it is measured
 def pack_nibbles(codes: Tensor) -> bytes:
     """Codes of at most 4 bits (N,), two to a byte, low nibble first; an odd end is filled with 0."""
     flat = F.pad(codes.flatten(), (0, codes.numel() % 2)).numpy().view(np.uint8) & 15
@@ -1080,8 +999,8 @@ def stream_sizes(shape: tuple[int, ...], bits: int) -> dict[str, int]:
     numel = math.prod(shape)
     codes = {f"int{max(bits, 4)}": (numel + 1) // 2 if bits <= 4 else numel, "scale": 2 * next(iter(shape), 1)}
     return {"fp16": 2 * numel} if bits == 16 else codes
-def write_artifact(path: Path, stored: StoredState, plan: QuantPlan, cfg: Config, tokenizer_sha256: str) -> int:
-    """Write what `quantize_state` returned, atomically; returns the bytes of the file."""
+def encode_artifact(stored: StoredState, plan: QuantPlan, cfg: Config, tokenizer_sha256: str) -> bytes:
+    """The artifact that holds what `quantize_state` returned: the same bytes for the same weights, config and plan."""
     tensors, streams = [], {kind: bytearray() for kind in STREAMS}
     grids = {n: (plan[n].bits, -plan[n].step, n) if n in plan else (16, 0.0, n) for n in stored}
     for name in sorted(stored, key=grids.__getitem__):  # like grids side by side
@@ -1095,30 +1014,23 @@ def write_artifact(path: Path, stored: StoredState, plan: QuantPlan, cfg: Config
     header = json.dumps(contents | {"tokenizer_sha256": tokenizer_sha256}, separators=(",", ":")).encode()
     payload = struct.pack("<I", len(header)) + header + b"".join(streams.values())
     # Short matches in codes cost more than the entropy coder would take for them: 5% of the file with the level's own.
-    level = zstandard.ZstdCompressionParameters.from_level(
-        ZSTD_LEVEL, source_size=len(payload), write_checksum=True, min_match=7, window_log=ZSTD_WINDOW_LOG)
-    write_atomically(path, ARTIFACT_HEAD + zstandard.ZstdCompressor(compression_params=level).compress(payload))
-    return path.stat().st_size
+    level = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, write_checksum=True, min_match=7, window_log=14)
+    return ARTIFACT_HEAD + zstandard.ZstdCompressor(compression_params=level).compress(payload)
 def artifact_payload(path: Path, content: bytes | None = None) -> bytes:
     """The decompressed artifact. Raises FileNotFoundError, or ValueError for a foreign or damaged one."""
     if content is None and not path.is_file():
         raise FileNotFoundError(f"no artifact at {path}: a finished run leaves logs/<run_id>.ptz")
     content = path.read_bytes() if content is None else content
-    head, frame = content[:8], content[8:]
-    if head[:4] != ARTIFACT_HEAD[:4]:
-        raise ValueError(f"{path} is not an artifact of this script (it starts with {head[:4]!r})")
-    if head != ARTIFACT_HEAD:
-        raise ValueError(f"{path} has another artifact format: use the train_gpt.py that wrote it (its log holds it)")
+    if content[:8] != ARTIFACT_HEAD:
+        raise ValueError(f"{path} is not an artifact of this script, or of another artifact format: {content[:8]!r}")
     try:
-        size = zstandard.get_frame_parameters(frame).content_size
-        if not 4 <= size <= MAX_PAYLOAD_BYTES:
-            raise ValueError(f"{path} is damaged: it claims {size} bytes of content")
-        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        size = zstandard.get_frame_parameters(content[8:]).content_size
+        if not 4 <= size <= MAX_PAYLOAD_BYTES: raise zstandard.ZstdError(f"it claims {size} bytes of content")
+        return zstandard.ZstdDecompressor().decompress(content[8:], max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy it again") from None
 def read_artifact(path: Path, content: bytes | None = None) -> tuple[dict[str, Any], StoredState, QuantPlan]:
-    """(header, stored tensors, plan) of the artifact at `path`, or of its `content`; sizes are checked before use.
-    Raises FileNotFoundError, or ValueError for a file that is foreign, truncated, damaged or of another format."""
+    """(header, tensors, plan) of the artifact at `path`, or of `content`; FileNotFoundError or ValueError if bad."""
     payload = artifact_payload(path, content)
     begin = 4 + struct.unpack_from("<I", payload)[0]
     try:
@@ -1143,12 +1055,10 @@ def read_artifact(path: Path, content: bytes | None = None) -> tuple[dict[str, A
         stored[name] = tuple(torch.from_numpy(array.copy()) for array in arrays)
     return header, stored, {name: QuantSpec(bits) for name, _, bits in entries if bits < 16}
 def load_artifact(path: Path, cfg: Config, rt: Runtime, tokenizer_sha256: str) -> GPT:
-    """The model of an artifact on this rank's device; its config must be the one that `with_model_fields` gives.
-    Raises ValueError when the tensors are not this model's or the tokenizer is another one."""
+    """The model of an artifact, on the device; ValueError when its tensors or tokenizer are not those of `cfg`."""
     header, stored, plan = read_artifact(path, rt.from_rank_0(path.read_bytes))  # other nodes may not have the file
     if header.get("tokenizer_sha256") != tokenizer_sha256:
-        raise ValueError(f"{path} was trained with another tokenizer: set TOKENIZER_PATH to the one with sha256 "
-                         f"{header.get('tokenizer_sha256')}, this is {tokenizer_sha256}")
+        raise ValueError(f"{path} needs the tokenizer of sha256 {header.get('tokenizer_sha256')}: set TOKENIZER_PATH")
     model = GPT(cfg, {}, rt.compute_dtype, rt.attention)
     try:
         model.load_state_dict(dequantize_state(stored))
@@ -1160,11 +1070,10 @@ def with_model_fields(cfg: Config, stored: Any, path: str) -> Config:
     """`cfg` with the model's fields as a file at `path` gives them; everything else as given."""
     if not isinstance(stored, dict) or any(type(stored.get(n)) is not type(getattr(cfg, n)) for n in MODEL_FIELDS):
         raise ValueError(f"{path} has a damaged header: its config is not a model's")
-    fields: dict[str, Any] = {name: stored[name] for name in MODEL_FIELDS}
-    found = dataclasses.replace(cfg, **fields, train_batch_tokens=fields["train_seq_len"], micro_batch_tokens=0)
-    if problems := config_problems(found):
-        raise ValueError(f"{path} cannot be used with these settings:\n  " + "\n  ".join(problems))
-    return found
+    fields = {name: stored[name] for name in MODEL_FIELDS} | {"train_batch_tokens": stored["train_seq_len"]}
+    found = dataclasses.replace(cfg, **fields, micro_batch_tokens=0)
+    if not (problems := config_problems(found)): return found
+    raise ValueError(f"{path} cannot be used with these settings:\n  " + "\n  ".join(problems))
 def bits_of(plan: QuantPlan) -> str:
     """Which bits a plan has in each category: mlp4,mlp5,attn5."""
     found = {f"{category(name)}{spec.bits}" for name, spec in plan.items()}
@@ -1179,49 +1088,42 @@ def log_sizes(stored: StoredState, plan: QuantPlan, log: Log) -> None:
         grid = f"bits:{spec.bits} step:{spec.step:.4g}" if spec else "bits:16"
         log(f"quant tensor:{name} {grid} bytes:{size:.0f} bits_per_weight:{8 * size / max(1, codes.numel()):.3f}")
     for kind, (count, stream_bytes, coded) in sizes.items():
-        log(f"artifact category:{kind} params:{count} raw_bytes:{stream_bytes} order0_entropy_bytes:{coded:.0f} "
-            f"bits_per_weight:{8 * coded / count:.3f}")
+        log(f"artifact category:{kind} params:{count} raw_bytes:{stream_bytes} order0_entropy_bytes:{coded:.0f}")
 
-@dataclass
-class Trained:
-    """Weights to export, what errors in their rows cost (see `rate_points`) and the grids that they were trained on."""
-    weights: dict[str, Tensor]
-    costs: dict[str, Tensor]
-    grids: QuantPlan
+Trained = dict[str, Any]  # weights to export, costs of errors in their rows, grids trained on, Hessians to round with
 def export(trained: Trained, cfg: Config, log: Log, tokenizer: str) -> tuple[Path, bool]:
-    """Quantize, compress and write `logs/<run_id>.ptz`; (path, whether code and model fit the limit). With RATE_CONTROL
-    the plan is corrected by the real size until the file fills the limit; the largest that fits is what stays."""
-    started, path, code_bytes = time.monotonic(), Path("logs") / f"{cfg.run_id}.ptz", Path(__file__).stat().st_size
-    state, limit, over_entropy = trained.weights, cfg.artifact_limit_bytes, ZSTD_OVER_ENTROPY
-    plan, table, seen = starting_plan(state, cfg) | trained.grids, RateTable(), dict[int, QuantPlan]()
-    def write(plan: QuantPlan) -> tuple[int, StoredState]:
-        """Bytes of code and model, and what was stored."""
-        stored = quantize_state(state, plan, cfg, log)
-        return write_artifact(path, stored, plan, cfg, tokenizer) + code_bytes, stored
+    """Quantize, compress and write `logs/<run_id>.ptz`; (path, whether code and model fit the limit, which the plan is
+    corrected to fill by the real size)."""
+    started, path, code_bytes = time.monotonic(), Path("logs", f"{cfg.run_id}.ptz"), Path(__file__).stat().st_size
+    state, limit = trained["weights"], cfg.artifact_limit_bytes
+    kept = {name: QuantSpec(*values) for name, values in trained["grids"].items()}
+    plan, table, budget = starting_plan(state, cfg) | kept, RateTable(), AIM * (limit - code_bytes)
     if cfg.rate_control:
-        table = rate_table(state, trained.costs, trained.grids)
+        table = rate_table(state, trained["costs"], kept)
         if sum(points[0][0] for points in table.values()) > limit - code_bytes:  # the trained grids would not fit
-            table = rate_table(state, trained.costs, {})
-        plan = allocate(table, AIM * (limit - code_bytes) / over_entropy)
-    while True:
-        (total, stored), again = write(plan), plan in seen.values()
-        seen[total] = plan
-        log(f"artifact round:{len(seen)} artifact_bytes:{total} time:{1000 * (time.monotonic() - started):.0f}ms")
-        fitting = [size for size in seen if size <= limit]
-        if not cfg.rate_control or again or len(seen) >= EXPORT_ROUNDS or FULL_ENOUGH * limit <= total <= limit: break
-        over_entropy = (total - code_bytes) / planned_bytes(table, plan)
-        plan = allocate(table, AIM ** (1 + len(seen) - len(fitting)) * (limit - code_bytes) / over_entropy)
-    if fitting and total != max(fitting): total, stored = write(plan := seen[max(fitting)])
+            table = rate_table(state, trained["costs"], {})
+    tried: list[tuple[bool, int, QuantPlan, StoredState, bytes]] = []
+    for _ in range(EXPORT_ROUNDS if cfg.rate_control else 1):
+        if cfg.rate_control: plan = allocate(table, budget)
+        if any(plan == earlier for _, _, earlier, _, _ in tried): break  # all that the menu of grids offers
+        stored = quantize_state(state, plan, cfg, log, trained["hessians"])
+        content = encode_artifact(stored, plan, cfg, tokenizer)
+        total = code_bytes + len(content)
+        log(f"artifact round:{len(tried)} artifact_bytes:{total} time:{1000 * (time.monotonic() - started):.0f}ms")
+        tried.append((total <= limit, total if total <= limit else -total, plan, stored, content))
+        if FULL_ENOUGH * limit <= total <= limit: break
+        budget *= (AIM if total < limit else AIM**2) * (limit - code_bytes) / (total - code_bytes)
+    _, size, plan, stored, content = max(tried, key=lambda trial: trial[:2])  # the largest that fits, or the smallest
+    total = abs(size)
+    write_atomically(path, content)
     log_sizes(stored, plan, log)
     log(f"artifact bits:{bits_of(plan)} codec:zstd-{ZSTD_LEVEL} model_bytes:{total - code_bytes} "
         f"code_bytes:{code_bytes} artifact_bytes:{total} limit:{limit}")
     log(f"artifact path:{path} headroom_bytes:{limit - total} export_time:{1000 * (time.monotonic() - started):.0f}ms")
     if total > limit:
         log(f"error: code plus model are {total - limit} bytes over ARTIFACT_LIMIT_BYTES={limit}. The file is kept and "
-            "scored, but is no valid entry. Set RATE_CONTROL=1, lower ATTN_BITS, BIGRAM_BITS or MLP_BITS, or lower "
-            "BIGRAM_VOCAB_SIZE")
+            "scored, but no valid entry: set RATE_CONTROL=1, or lower ATTN_BITS, BIGRAM_BITS or BIGRAM_VOCAB_SIZE")
     return path, total <= limit
-
 # ---- 10 Files that are written whole or not at all -------------------------------------------------------------------
 def write_atomically(path: Path, content: bytes) -> None:
     """Write, fsync, rename: `path` is the old file or the whole new one. Raises OSError when the disk is full."""
@@ -1240,23 +1142,57 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     torch.save(content, buffer)
     write_atomically(path, hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What `save_tensors` stored, on the CPU; runs no code from the file. Raises FileNotFoundError, or ValueError for a
-    damaged or foreign one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: a run leaves logs/<run_id>.weights when its training ends")
+    """What `save_tensors` stored, on the CPU; runs no code from the file. Raises FileNotFoundError or ValueError."""
+    if not path.is_file(): raise FileNotFoundError(f"no file {path}: a trained run leaves logs/<run_id>.weights")
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError(f"{path} is truncated, damaged or not this script's: its checksum does not fit")
-    try:
-        return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    try: return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} holds no tensors of this script ({type(error).__name__})") from None
-
+def checkpoint_paths(run_id: str) -> list[Path]:
+    """The checkpoints of a run, oldest first: logs/<run_id>.<step>.ckpt."""
+    return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 9}.ckpt"))
+def newest_checkpoint(cfg: Config, log: Log) -> dict[str, Any] | None:
+    """The newest sound checkpoint of RUN_ID, if any. Raises ValueError for another config, naming what differs."""
+    for path in reversed(checkpoint_paths(cfg.run_id)):
+        try: state = load_tensors(path)
+        except ValueError as error:
+            log(f"warning: skipped a checkpoint: {error}")
+            continue
+        now, then = dataclasses.asdict(cfg), state["config"]
+        if differ := [n for n in now if n not in MAY_CHANGE_ON_RESUME and now[n] != then.get(n)]:
+            listed = ", ".join(f"{n.upper()}={then.get(n)!r} there, {now[n]!r} now" for n in differ)
+            raise ValueError(f"{path} is of another config: {listed}; set them back, or choose another RUN_ID")
+        log(f"resume checkpoint:{path} step:{state['step']} train_time:{1000 * state['elapsed']:.0f}ms")
+        return state
+    log(f"warning: RUN_ID={cfg.run_id} has no sound checkpoint: it starts from the beginning")
+    return None
 # ---- 11 Training -----------------------------------------------------------------------------------------------------
 CALIBRATION_BATCH = 2048  # tokens per backward of the look at training tokens
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite any more."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+class RunEnded(RuntimeError):
+    """The training cannot go on (message, exit code): diverged, or stopped by a signal."""
 
+def log_model(model: GPT, cfg: Config, rt: Runtime) -> tuple[int, int]:
+    """Log sizes; `batch_plan`'s answer for the memory at hand. Raises ValueError for bad ranks or too full a disk."""
+    counts: dict[str, int] = defaultdict(int)
+    for name, p in model.named_parameters(): counts[category(name)] += p.numel()
+    params = sum(counts.values())
+    rt.log(" ".join([f"model params:{params} seed:{cfg.seed}", *(f"{kind}:{n}" for kind, n in counts.items())]))
+    memory = 1e9 * (cfg.plan_memory_gb if cfg.dry_run else 3)
+    if rt.device.type == "cuda": memory = torch.cuda.mem_get_info()[0]
+    micro, steps = batch_plan(cfg, rt.world_size, 0.6 * memory / (activation_bytes(cfg, rt) * cfg.train_seq_len))
+    rt.log(f"batch tokens:{cfg.train_batch_tokens} ranks:{rt.world_size} micro_batch_tokens:{micro * cfg.train_seq_len}"
+           f" micro_steps:{steps} step_tflop_per_rank:{step_flops(model, cfg) / rt.world_size / 1e12:.4g}")
+    copies = 3 + (15 if cfg.checkpoint_every else 0)  # weights, Hessians; 3 checkpoints of weights, optimizers, average
+    need, free = 4 * params * copies + cfg.artifact_limit_bytes, shutil.disk_usage("logs").free
+    if free < need: raise ValueError(f"logs/ has {free} bytes free, this run may write {need}: make room first")
+    return micro, steps
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The master weights, by name."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+STATE = ("step", "elapsed", "qat_active", "costs", "durations", "recent_losses")  # what a checkpoint holds as it is
 class Trainer:
     """The training loop and all of its state."""
     def __init__(self, model: GPT, data: Data, cfg: Config, rt: Runtime) -> None:
@@ -1264,18 +1200,45 @@ class Trainer:
         assert data.train is not None, "a run that trains has training shards"
         self.model, self.shards, self.cfg, self.rt = model, data.train, cfg, rt
         self.evaluator, self.loss = Evaluator(data, cfg, rt), rt.compiled(model.loss)
-        memory = 0.6 * torch.cuda.mem_get_info()[0] if rt.device.type == "cuda" else 2e9
-        self.micro_seqs, self.micro_steps = batch_plan(cfg, rt.world_size, memory)
-        self.loader, self.optimizers = BatchLoader(data.train, cfg, rt, self.micro_seqs), Optimizers(model, cfg, rt)
-        self.rank_flops = train_flops_per_token(model, cfg) * cfg.train_batch_tokens / rt.world_size  # per step
-        self.clock_zero = 0.0  # training seconds are counted from here
-        self.step, self.elapsed, self.qat_active = 0, 0.0, False
-        self.swa, self.costs, self.grids = WeightAverage(), dict[str, Tensor](), QuantPlan()
+        micro_seqs, self.micro_steps = log_model(model, cfg, rt)
+        self.loader, self.optimizers = BatchLoader(data.train, cfg, rt, micro_seqs), Optimizers(model, cfg, rt)
+        self.rank_flops = step_flops(model, cfg) / rt.world_size
+        self.step, self.elapsed, self.qat_active, self.clock_zero = 0, 0.0, False, 0.0
+        self.swa = AveragedModel(model)  # SWA (arXiv:1803.05407): fp32 mean of snapshots of the master weights
+        self.costs, self.products = dict[str, Tensor](), dict[str, Tensor]()
         self.plan = starting_plan(model.state_dict(), cfg)
-        self.durations, self.recent_losses = deque[float](maxlen=100), deque[float](maxlen=5)
-    def weights(self) -> dict[str, Tensor]:
-        """The master weights, by name."""
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        self.durations, self.recent_losses, self.stop_signal, self.saved_at = list[float](), list[float](), 0, 0.0
+    @property
+    def grids(self) -> QuantPlan:  # the part of the plan that is trained on, and so must not change any more
+        return {n: spec for n, spec in self.plan.items() if self.qat_active and category(n) == "mlp"}
+    def save(self) -> None:
+        """Write a checkpoint: all that `restore` needs. The last two stay; failing to write ends no run."""
+        begun, path = time.perf_counter(), Path("logs", f"{self.cfg.run_id}.{self.step:09d}.ckpt")
+        self.saved_at = self.elapsed
+        if self.rt.rank != 0: return
+        state = {name: getattr(self, name) for name in STATE} | {
+            "config": dataclasses.asdict(self.cfg), "model": weights_of(self.model), "swa": self.swa.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers.all], "random_state": torch.get_rng_state(),
+            "plan": plain(self.plan)}
+        try: save_tensors(path, state)
+        except OSError as error:
+            return self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact; make room")
+        for old in checkpoint_paths(self.cfg.run_id)[:-2]: old.unlink()
+        self.rt.log(f"checkpoint path:{path} time:{1000 * (time.perf_counter() - begun):.0f}ms (inside the clock)")
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `save` was called; also with another number of ranks."""
+        for name in STATE: setattr(self, name, state[name])
+        self.model.load_state_dict(state["model"], strict=False)
+        for optimizer, saved in zip(self.optimizers.all, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.swa.load_state_dict(state["swa"])
+        self.plan, self.saved_at = {n: QuantSpec(*values) for n, values in state["plan"].items()}, self.elapsed
+        torch.set_rng_state(state["random_state"])
+        self.model.refresh(self.qat_active, self.plan)
+    def on_signal(self, number: int, _: Any) -> None:
+        """SIGTERM and SIGINT end the run after the current step; a second one ends it at once."""
+        self.stop_signal = number
+        for each in STOP_SIGNALS: signal.signal(each, signal.SIG_DFL)
     def train_step(self, lr_scale: float, step: int) -> Tensor:
         """Forward and backward of all micro-batches, then the update; returns `Optimizers.step`'s metrics."""
         shared = self.optimizers.shared
@@ -1284,17 +1247,17 @@ class Trainer:
             loss.backward()
             shared[0] += loss.detach()
         if self.rt.rank == 0: shared[1] = time.perf_counter() - self.clock_zero
+        shared[2] = self.stop_signal
         metrics = self.optimizers.step(lr_scale, step)
         self.model.refresh(self.qat_active)
         return metrics
     def warm_up(self) -> None:
         """Untimed steps on the first batch that compile and autotune everything; all state is put back afterwards."""
-        started, random_state, before = time.monotonic(), torch.get_rng_state(), copy.deepcopy(self.weights())
+        started, before = time.monotonic(), copy.deepcopy(weights_of(self.model))
         states = [optimizer.state_dict() for optimizer in self.optimizers.all]
         for _ in range(self.cfg.warmup_steps): self.train_step(1.0, 0).tolist()
         self.model.load_state_dict(before, strict=False)
         for optimizer, state in zip(self.optimizers.all, states, strict=True): optimizer.load_state_dict(state)
-        torch.set_rng_state(random_state)
         self.model.refresh(False)
         self.rt.log(f"warm_up steps:{self.cfg.warmup_steps} time:{time.monotonic() - started:.3g}s (undone)")
     def calibration_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1304,66 +1267,82 @@ class Trainer:
         start = self.step * cfg.train_batch_tokens + rt.rank * count * seq_len
         tokens = torch.from_numpy(self.shards.read(start, count * seq_len + 1)).to(rt.device)
         yield from zip(*(part.view(-1, seq_len).split(each) for part in (tokens[:-1], tokens[1:])), strict=True)
-    def choose_grids(self) -> None:
-        """Make the plan that spends ARTIFACT_LIMIT_BYTES, weighing errors by squared gradients on training tokens."""
-        begun, params = time.perf_counter(), {n: p for n, p in self.model.named_parameters() if category(n) != "small"}
-        sums = {name: torch.zeros(len(p), device=p.device) for name, p in params.items()}
+    def measure(self) -> None:
+        """From calibration tokens: `costs` of errors in rows (mean squared gradients), `products` (C, C) of inputs."""
+        costs, products = defaultdict[str, Any](float), defaultdict[str, Any](float)
+        def note(name: str, x: Tensor) -> None:
+            """Add a layer's inputs (B, T, C)."""
+            x = x.detach().flatten(0, -2).float()
+            with torch.autocast(x.device.type, enabled=False): products[name] = products[name] + x.T @ x
+        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, CastedLinear)]
+        hooks = [m.register_forward_pre_hook(lambda _, args, n=n: note(n, args[0]))
+                 for n, m in layers if self.cfg.error_feedback and not n.endswith(("k_proj", "v_proj"))]
         for input_ids, target_ids in self.calibration_batches():
             self.optimizers.flat.zero_()
             with self.rt.autocast(): self.model.loss(input_ids, target_ids).backward()
-            for name, p in params.items():
-                assert p.grad is not None
-                sums[name] += p.grad.square().mean(dim=1)
+            for name, p in self.model.named_parameters():
+                if category(name) != "small" and p.grad is not None: costs[name] += p.grad.square().mean(dim=1)
+        for hook in hooks: hook.remove()
         self.optimizers.flat.zero_()
-        self.costs = {name: self.rt.all_reduce(total).cpu() for name, total in sums.items()}
-        budget = AIM * (self.cfg.artifact_limit_bytes - Path(__file__).stat().st_size) / ZSTD_OVER_ENTROPY
-        self.plan = self.rt.from_rank_0(lambda: allocate(rate_table(self.weights(), self.costs, self.grids), budget))
+        self.costs = {name: self.rt.all_reduce(total).cpu() for name, total in costs.items()}
+        for total in products.values(): self.rt.all_reduce(total)
+        self.products = {f"{n}.weight": products[re.sub("[kv]_proj$", "q_proj", n)] for n, _ in layers if products}
+    def choose_grids(self) -> None:
+        """Make the plan that spends ARTIFACT_LIMIT_BYTES, weighing errors by their costs on training tokens."""
+        begun = time.perf_counter()
+        self.measure()
+        budget = AIM * (self.cfg.artifact_limit_bytes - Path(__file__).stat().st_size)
+        table = rate_table(weights_of(self.model), self.costs, self.grids) if self.rt.rank == 0 else {}
+        self.plan = self.rt.from_rank_0(lambda: allocate(table, budget))
         self.rt.log(f"plan step:{self.step} bits:{bits_of(self.plan)} time:{time.perf_counter() - begun:.3g}s")
     def start_qat(self) -> None:
         """Switch fake quantization on, on the grids of the plan; snapshots from before would not fit those after."""
         if self.cfg.rate_control and self.step: self.choose_grids()
-        self.qat_active, self.swa = True, WeightAverage()
-        self.grids = {n: spec for n, spec in self.plan.items() if category(n) == "mlp"}
-        self.model.set_grids(self.plan)
-        self.model.refresh(True)
+        self.qat_active, self.swa = True, AveragedModel(self.model)
+        self.model.refresh(True, self.plan)
         self.rt.log(f"qat active:1 step:{self.step} bits:{bits_of(self.grids)}")
     @torch.no_grad()
-    def quantized_loss(self, weights: dict[str, Tensor]) -> float:
+    def quantized_loss(self, weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> float:
         """Mean NLL on the calibration tokens of weights as the plan would store them; puts the weights back."""
-        before, sums = copy.deepcopy(self.weights()), torch.zeros(2, device=self.rt.device)
-        stored = dequantize_state(quantize_state(weights, self.plan, self.cfg, lambda line: None))
-        for state, active in ((stored, False), (before, self.qat_active)):
+        before, sums = copy.deepcopy(weights_of(self.model)), torch.zeros(2, device=self.rt.device)
+        stored = quantize_state(weights, self.plan, self.cfg, lambda line: None, hessians, self.rt)
+        for state, active in ((dequantize_state(stored), False), (before, self.qat_active)):
             self.model.load_state_dict(state, strict=False)
             self.model.refresh(active)
-            for input_ids, target_ids in self.calibration_batches() if state is stored else ():
+            for input_ids, target_ids in self.calibration_batches() if state is not before else ():
                 with self.rt.autocast():
                     sums += torch.stack((self.model.loss(input_ids, target_ids), sums.new_ones(())))
         return float(torch.divide(*self.rt.all_reduce(sums)))
     def choose_weights(self) -> Trained:
-        """The average of two snapshots or more, or the last weights, by their quantized loss on training data."""
-        if self.cfg.rate_control and not self.costs: self.choose_grids()
-        choices = {"last": self.weights()} | ({"swa": self.swa.average()} if self.swa.count >= 2 else {})
-        chosen, losses = list(choices)[-1], dict[str, float]()
-        if len(choices) == 2 and not self.cfg.swa_always:
-            losses = {name: self.quantized_loss(weights) for name, weights in choices.items()}
-            chosen = min(losses, key=losses.__getitem__)
-        found = "".join(f" {name}_loss:{loss:.5f}" for name, loss in losses.items())
-        self.rt.log(f"export weights:{chosen} snapshots:{self.swa.count}{found}")
-        return Trained(choices[chosen], self.costs, self.grids)
-    def step_seconds(self) -> float:
-        """Median of the recent step times, 0 before there are 5 (the first are slow and must not set the schedule)."""
+        """Average (of two snapshots or more) or last weights, nearest or error feedback: what does best in training."""
+        cfg, weights = self.cfg, {"last": weights_of(self.model)} | ({"swa": weights_of(self.swa.module)}
+                                  if self.swa.n_averaged > 1 else {})
+        if cfg.rate_control and not self.costs: self.choose_grids()
+        elif cfg.error_feedback: self.measure()
+        if cfg.swa_always: weights = dict([weights.popitem()])
+        hessians: dict[str, dict[str, Tensor]] = {"nearest": {}}
+        if cfg.error_feedback:
+            hessians["feedback"] = found = self.products
+            if self.grids: hessians["feedback_but_mlp"] = {n: h for n, h in found.items() if n not in self.grids}
+        trials = list(itertools.product(weights, hessians))
+        losses = [self.quantized_loss(weights[w], hessians[h]) if len(trials) > 1 else 0.0 for w, h in trials]
+        chosen, rounding = trials[losses.index(min(losses))]
+        tried = "".join(f" {w}_{h}_loss:{loss:.5f}" for (w, h), loss in zip(trials, losses, strict=True) if loss)
+        self.rt.log(f"export weights:{chosen} rounding:{rounding} snapshots:{int(self.swa.n_averaged)}{tried}")
+        return {"weights": weights[chosen], "costs": self.costs, "hessians": hessians[rounding],
+                "grids": plain(self.grids), "config": dataclasses.asdict(cfg)}
+    def step_seconds(self) -> float:  # median of the recent ones; 0 before there are 5, since the first are slow
         return float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
     def absorb(self, metrics: list[float], lr_scale: float) -> None:
         """Take in what all ranks agree on about the step just done: clock and health; log it."""
-        (loss, elapsed, grad_norm), step, cfg = metrics, self.step, self.cfg
-        self.durations.append(elapsed - self.elapsed)
+        (loss, elapsed, stop, grad_norm), step, cfg = metrics, self.step, self.cfg
+        self.durations = [*self.durations[-99:], elapsed - self.elapsed]
         self.elapsed = elapsed
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            last = ", ".join(f"{x:.4f}" for x in self.recent_losses) or "none"
-            raise TrainingDiverged(
-                f"step {step}: train_loss {loss}, gradient norm {grad_norm}; last finite losses: {last}. Try a lower "
-                "MATRIX_LR, SCALAR_LR or TIED_EMBED_LR, GRAD_CLIP_NORM above 0, or COMPUTE_DTYPE=float32")
-        self.recent_losses.append(loss)
+            last, saved = [f"{x:.4f}" for x in self.recent_losses], [str(p) for p in checkpoint_paths(cfg.run_id)][-1:]
+            raise RunEnded(f"step {step}: loss {loss}, gradient norm {grad_norm}; last losses {last}, saved {saved}. "
+                           "Try a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR, GRAD_CLIP_NORM above 0, float32", 4)
+        self.recent_losses = [*self.recent_losses[-4:], loss]
         if step <= 5 or step % cfg.train_log_every == 0 or step == cfg.iterations:
             average, cap = elapsed / step, training_seconds(cfg)
             left = (cfg.iterations - step) * (self.step_seconds() or average)
@@ -1373,45 +1352,51 @@ class Trainer:
                         f"tokens_per_s:{cfg.train_batch_tokens / average:.0f} eta:{left:.0f}s "
                         f"rank_tflops:{self.rank_flops / average / 1e12:.4g}")
             if step == 5 and cap and cfg.warmdown_iters * self.step_seconds() > cap:
-                self.rt.log(f"warning: about {cap / self.step_seconds():.0f} steps fit MAX_WALLCLOCK_SECONDS, fewer "
-                            f"than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate falls from the start")
+                self.rt.log(f"warning: about {cap / self.step_seconds():.0f} steps fit, fewer than WARMDOWN_ITERS")
     def out_of_time(self) -> bool:
         """Whether the next step might end after the wall-clock cap (the same answer on every rank)."""
-        cap, slowest = training_seconds(self.cfg), max(itertools.islice(reversed(self.durations), 20), default=0.0)
+        cap, slowest = training_seconds(self.cfg), max(self.durations[-20:], default=0.0)
         return cap > 0 and self.elapsed + 1.5 * max(slowest, self.step_seconds()) >= cap
     def validate(self) -> None:
         """Score the current weights; the clock stands still."""
-        paused = time.perf_counter()
-        elapsed, result = paused - self.clock_zero, self.evaluator.during_training(self.model)
-        self.rt.log(f"step:{self.step}/{self.cfg.iterations} {result} train_time:{1000 * elapsed:.0f}ms "
-                    f"step_avg:{1000 * elapsed / max(1, self.step):.2f}ms mode:{result.mode}")
+        paused, cfg = time.perf_counter(), self.cfg
+        elapsed, batch = paused - self.clock_zero, cfg.val_batch_size // cfg.train_seq_len // self.rt.world_size
+        result = self.evaluator.run(self.model, "banded", max(1, batch), "validation")  # the cheaper mode
+        self.rt.log(f"step:{self.step}/{cfg.iterations} {result} train_time:{1000 * elapsed:.0f}ms "
+                    f"step_avg:{1000 * elapsed / max(1, self.step):.2f}ms mode:banded")
         self.clock_zero += time.perf_counter() - paused
     def run(self) -> Trained:
         """Train until steps or wall clock are used up; returns the weights to export."""
-        cfg = self.cfg
-        self.clock_zero = time.perf_counter()
+        cfg, handlers = self.cfg, [signal.signal(number, self.on_signal) for number in STOP_SIGNALS]
+        self.clock_zero = time.perf_counter() - self.elapsed
         while self.step < cfg.iterations and not self.out_of_time():
-            if not self.qat_active and progress_at(self.step, self.elapsed, cfg) >= cfg.qat_start_frac < 1:
-                self.start_qat()
+            progress = max(self.step / cfg.iterations, self.elapsed / (training_seconds(cfg) or math.inf))
+            if not self.qat_active and progress >= cfg.qat_start_frac < 1: self.start_qat()
             lr_scale = lr_scale_at(self.step, self.elapsed, self.step_seconds(), cfg)
             metrics = self.train_step(lr_scale, self.step).tolist()  # waits for the device
             self.step += 1
             self.absorb(metrics, lr_scale)
             if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and self.step % cfg.swa_every == 0:
-                self.swa.add(self.weights())
-                self.rt.log(f"swa snapshot:{self.swa.count} step:{self.step} lr_scale:{lr_scale:.4f}")
-            if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 < cfg.iterations - self.step: self.validate()
+                self.swa.update_parameters(self.model)
+                self.rt.log(f"swa snapshot:{int(self.swa.n_averaged)} step:{self.step} lr_scale:{lr_scale:.4f}")
+            ends = self.step == cfg.iterations or self.out_of_time()
+            if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and not ends: self.validate()
+            if cfg.checkpoint_every and (ends or metrics[2] or self.elapsed - self.saved_at >= cfg.checkpoint_every):
+                self.save()
+            if metrics[2] and not ends:
+                how = f"RESUME=1 RUN_ID={cfg.run_id} goes on" if cfg.checkpoint_every else "CHECKPOINT_EVERY=0"
+                raise RunEnded(f"stopped by a signal after step {self.step}; {how}", 128 + (self.stop_signal or 15))
+        for number, handler in zip(STOP_SIGNALS, handlers, strict=True): signal.signal(number, handler)
         trained, took = self.choose_weights(), time.perf_counter() - self.clock_zero
         self.validate()
         reason = "iterations" if self.step == cfg.iterations else "wallclock_cap"
         self.rt.log(f"training stopped:{reason} step:{self.step} train_time:{1000 * took:.0f}ms "
                     f"peak_memory_bytes:{self.rt.peak_memory_bytes()}")
         return trained
-
 # ---- 12 Main ---------------------------------------------------------------------------------------------------------
 def log_start(cfg: Config, origin: Mapping[str, str], warnings: Iterable[str], rt: Runtime) -> None:
     """Source, versions, config and overrides: what is needed to run this run again."""
-    rt.logger.debug("%s", Path(__file__).read_text(encoding="utf-8") + "=" * 100)
+    if not cfg.resume: rt.logger.debug("%s", Path(__file__).read_text(encoding="utf-8") + "=" * 100)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{platform.machine()} cpus:{os.cpu_count()}"
     versions = " ".join(f"{module.__name__}:{module.__version__}" for module in (torch, np, sentencepiece, zstandard))
     rt.log(f"run id:{cfg.run_id} python:{platform.python_version()} {versions}")
@@ -1420,11 +1405,6 @@ def log_start(cfg: Config, origin: Mapping[str, str], warnings: Iterable[str], r
     rt.logger.debug("config %s", json.dumps(dataclasses.asdict(cfg)))
     changed = [f"{name.upper()}={getattr(cfg, name)} ({source})" for name, source in origin.items()]
     rt.log("\n".join(["config overrides: " + (", ".join(changed) or "none"), *(f"warning: {w}" for w in warnings)]))
-def log_model(model: GPT, cfg: Config, log: Log) -> None:
-    """Log the parameter counts per category."""
-    counts: dict[str, int] = defaultdict(int)
-    for name, p in model.named_parameters(): counts[category(name)] += p.numel()
-    log(" ".join([f"model params:{sum(counts.values())} seed:{cfg.seed}", *(f"{k}:{n}" for k, n in counts.items())]))
 def log_xz(data: Data, log: Log) -> None:
     """What `xz -9e` makes of the same validation text by itself, in bits per byte: the demo's mark to beat."""
     text = "".join(data.tokenizer.decode(part.tolist()) for part in data.val.shards).encode()
@@ -1444,54 +1424,75 @@ def train(cfg: Config, data: Data, rt: Runtime, started: float) -> Trained:
     model = GPT(cfg, starting_plan(shapes, cfg), rt.compute_dtype, rt.attention)
     model.init_weights(cfg)
     trainer = Trainer(model.to(rt.device), data, cfg, rt)
-    log_model(model, cfg, rt.log)
-    rt.log(f"batch tokens:{cfg.train_batch_tokens} micro_batch_tokens:{trainer.micro_seqs * cfg.train_seq_len} "
-           f"micro_steps:{trainer.micro_steps} step_tflop_per_rank:{trainer.rank_flops / 1e12:.4g}")
     trainer.warm_up()
+    if cfg.resume and (state := rt.from_rank_0(lambda: newest_checkpoint(cfg, rt.log))): trainer.restore(state)
     rt.log(f"start_up time:{1000 * (time.monotonic() - started):.0f}ms")
     trained, path = trainer.run(), Path("logs") / f"{cfg.run_id}.weights"
     if rt.rank == 0:
-        grids = {name: (spec.bits, spec.step) for name, spec in trained.grids.items()}
-        save_tensors(path, vars(trained) | {"config": dataclasses.asdict(cfg), "grids": grids})
+        save_tensors(path, trained)
         rt.log(f"weights path:{path} (EXPORT_FROM={path} exports them again)")
     if cfg.eval_float:
-        floats = GPT(cfg, {}, rt.compute_dtype, rt.attention).to(rt.device)
-        floats.load_state_dict(trained.weights)
-        trainer.evaluator.report(floats, "float")
+        model.load_state_dict(trained["weights"])
+        model.refresh(False)
+        trainer.evaluator.report(model, "float")
     return trained
+def dry_run(cfg: Config, rt: Runtime, data: Data) -> int:
+    """Log the plan of a run for rt.world_size ranks, computing nothing; raises ValueError for what would stop it."""
+    if not cfg.resume and Path("logs", f"{cfg.run_id}.txt").exists(): raise ValueError(f"RUN_ID={cfg.run_id} has a log")
+    with torch.device("meta"): model = GPT(cfg, {}, rt.compute_dtype)
+    tokens, cap = log_model(model, cfg, rt)[0] * cfg.train_seq_len, training_seconds(cfg)
+    sizes, logits = {name: p.numel() for name, p in model.named_parameters()}, tokens * cfg.vocab_size * 8
+    params, matrices = sum(sizes.values()), sum(n for name, n in sizes.items() if name.endswith("_proj.weight"))
+    mlp, kept = sum(n for name, n in sizes.items() if category(name) == "mlp"), tokens * activation_bytes(cfg, rt)
+    parts = {"weights": 4 * (params + mlp), "gradients": 4 * params, "optimizer": 8 * params + 2 * matrices,
+             "swa": 4 * params, "activations": kept - logits, "logits": logits}
+    parts["all"] = sum(parts.values())
+    rt.log("plan memory_bytes_per_rank" + "".join(f" {kind}:{n:.0f}" for kind, n in parts.items()))
+    rows, estimate = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), defaultdict[str, float](float)
+    for name, n in sizes.items():
+        spec = quant_spec_for(name, cfg)
+        bits = (8 * order0_bytes(quantize_per_row(rows, spec)[0]) + 16 * 64) / rows.numel() if spec else 16.0
+        estimate[category(name)] += n * bits / 8
+    estimate["code"] = Path(__file__).stat().st_size
+    rt.log("plan artifact_bytes" + "".join(f" {kind}:{n:.0f}" for kind, n in estimate.items()) + f" all:"
+           f"{sum(estimate.values()):.0f} limit:{cfg.artifact_limit_bytes} at the starting bits")
+    fit = f"{1000 * cap / cfg.plan_step_ms:.0f}" if cap and cfg.plan_step_ms else "see PLAN_STEP_MS" if cap else "all"
+    windows = len(scoring_windows(data.val_targets, cfg.train_seq_len, cfg.eval_stride or cfg.train_seq_len))
+    rt.log(f"plan iterations:{cfg.iterations} seconds:{cap:g} steps_that_fit:{fit} warmdown:{cfg.warmdown_iters} "
+           f"evaluation_windows:{windows} per_rank:{-(-windows // rt.world_size)}; the run can start")
+    return 0
 def main() -> int:
     """One run: config, runtime, data, then train, export, reload, evaluate, report - or the part that is asked for."""
     started = time.monotonic()
     cfg, origin, warnings = load_config(os.environ)
     trained = None
     if cfg.export_from:
-        file = load_tensors(Path(cfg.export_from))
-        grids = {n: QuantSpec(bits, step, file["costs"].get(n)) for n, (bits, step) in file["grids"].items()}
-        trained = Trained(file["weights"], file["costs"], grids)
-        cfg = with_model_fields(cfg, file["config"], cfg.export_from)
+        trained = load_tensors(Path(cfg.export_from))
+        cfg = with_model_fields(cfg, trained.get("config"), cfg.export_from)
     elif cfg.eval_artifact:
         cfg = with_model_fields(cfg, read_artifact(Path(cfg.eval_artifact))[0]["config"], cfg.eval_artifact)
     rt = Runtime.start(cfg)
     log_start(cfg, origin, warnings, rt)
     data = open_data(cfg, rt)
+    if cfg.dry_run: return dry_run(cfg, rt, data)
     if cfg.eval_artifact:
         Evaluator(data, cfg, rt).report(load_artifact(Path(cfg.eval_artifact), cfg, rt, data.tokenizer_sha256), "final")
         return 0
     return finish(trained or train(cfg, data, rt, started), cfg, data, rt)
 def command_line() -> int:
-    """`main` with readable errors; exit codes: 2 bad input, 3 over the limit, 4 diverged, 130 Ctrl-C."""
-    try:
-        return main()
-    except (ValueError, OSError, TrainingDiverged) as error:
+    """`main` with readable errors; exit codes: 2 bad input, 3 over the limit, 4 diverged, 128 + n signal n."""
+    try: return main()
+    except (ValueError, OSError, RunEnded) as error:
         rank = os.environ.get("RANK", "0")
-        time.sleep(5 * (rank != "0"))  # rank 0 says the same, and ends the run meanwhile
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
-        return 4 if isinstance(error, TrainingDiverged) else 2
-    except KeyboardInterrupt:
-        print("interrupted; the log so far is in logs/", file=sys.stderr)
-        return 130
+        message, code = error.args if isinstance(error, RunEnded) else (error, 2)
+        time.sleep(5 * (rank != "0" and code < 128))  # rank 0 says the same, and ends the run meanwhile
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {message}", file=sys.stderr, flush=True)
+        return code
+    except KeyboardInterrupt: return 130  # Ctrl-C outside of training
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    exit_code = command_line()
+    sys.stdout.flush()
+    os._exit(exit_code)  # the interpreter's own way out aborts now and then on threads that gloo leaves (PyTorch 2.13)

@@ -189,7 +189,7 @@ def test_optimizers_own_everything_once() -> None:
         model.loss(torch.randint(0, 320, (2, 32)), torch.randint(0, 320, (2, 32))).backward()
         assert optimizers.grad.norm() > 0
         before = [p.detach().clone() for p in model.parameters()]
-        loss, _, norm = optimizers.step(1.0, step).tolist()
+        loss, _, _, norm = optimizers.step(1.0, step).tolist()
         assert norm > 0 and loss == 0.0 and not optimizers.flat.any()
         assert all(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
     total = sum(p.grad.numel() for p in model.parameters() if p.grad is not None)
@@ -237,21 +237,22 @@ def test_gradient_clipping() -> None:
     seen: list[float] = []
     optimizers.muon.register_step_pre_hook(lambda *_: seen.append(float(optimizers.grad.norm())))
     optimizers.grad.normal_()
-    norm = optimizers.step(1.0, 0)[2]
+    norm = optimizers.step(1.0, 0)[3]
     assert norm > 10 and seen[0] == pytest.approx(0.3, rel=1e-3)
 
 
 def test_weight_average() -> None:
-    """The mean of the snapshots, in fp32."""
-    model, average = model_for(config()), t.WeightAverage()
+    """What a run averages: the fp32 mean of the snapshots of the master weights."""
+    cfg = config()
+    trainer = t.Trainer(model_for(cfg), t.open_data(cfg, runtime()), cfg, runtime())
     snapshots = []
     for _ in range(3):
-        average.add({n: p.detach() for n, p in model.named_parameters()})
-        snapshots.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        trainer.swa.update_parameters(trainer.model)
+        snapshots.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
         with torch.no_grad():
-            for p in model.parameters():
+            for p in trainer.model.parameters():
                 p.add_(torch.randn_like(p))
-    for name, mean in average.average().items():
+    for name, mean in t.weights_of(trainer.swa.module).items():
         assert mean.dtype == torch.float32
         torch.testing.assert_close(mean, torch.stack([s[name] for s in snapshots]).mean(0), atol=1e-6, rtol=1e-5)
 

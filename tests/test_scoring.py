@@ -82,7 +82,6 @@ def test_banded_equals_brute_force(targets: int, batch: int, monkeypatch: pytest
     assert data.val_targets >= targets
     data.val_targets = targets
     result = final(data, cfg, model)
-    assert result.mode == "banded"
     monkeypatch.setattr(t, "attend", dense_band)
     counts = t.TokenBytes(data.tokenizer, torch.device("cpu"))
     total, size, length = 0.0, 0, t.BAND_CHUNKS * 32
@@ -99,11 +98,11 @@ def test_banded_equals_brute_force(targets: int, batch: int, monkeypatch: pytest
 
 
 def test_banded_is_close_to_sliding() -> None:
-    """Same targets, same bytes; in-training validation is the banded one."""
+    """Same targets, same bytes."""
     cfg = config()
     model, evaluator = model_for(cfg, qat=False), t.Evaluator(t.open_data(cfg, runtime()), cfg, runtime())
-    sliding, banded = evaluator.run(model, "sliding", 8, "x"), evaluator.during_training(model)
-    assert banded.mode == "banded" and banded.text_bytes == sliding.text_bytes
+    sliding, banded = evaluator.run(model, "sliding", 8, "x"), evaluator.run(model, "banded", 8, "x")
+    assert banded.text_bytes == sliding.text_bytes
     assert banded.val_bpb == pytest.approx(sliding.val_bpb, abs=0.02)
 
 

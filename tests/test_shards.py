@@ -164,12 +164,12 @@ def test_one_text_file_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     train, val = (t.open_shard(Path(folder) / f"fineweb_{split}_000000.bin") for split in ("train", "val"))
     assert 0.03 < len(val) / (len(train) + len(val)) < 0.12
     Path("all.txt").write_text("one line", encoding="utf-8")
-    with pytest.raises(ValueError, match="1 documents, 8 characters"):
+    with pytest.raises(ValueError, match="1 documents are too few to hold some out"):
         t.prepare_corpus(config(text_files="all.txt"), print)
 
 
 def test_docstrings_and_hold_out() -> None:
-    """Docstrings of nested definitions are found, broken source gives none; the split is by content and in bounds."""
+    """Docstrings of nested definitions are found, broken source gives none; the split is in bounds."""
     nested = 'class C:\n    """C."""\n    async def g(self):\n        """G."""\n'
     source = '"""M."""\nif 1:\n    def f():\n        """F."""\n' + nested
     assert sorted(t.docstrings(source)) == ["C.", "F.", "G.", "M."]
@@ -177,7 +177,6 @@ def test_docstrings_and_hold_out() -> None:
     documents = [f"{i} " * 50 for i in range(100)]
     train, held = t.hold_out(documents, 1000, 1200)
     assert 1000 <= sum(len(d) for d in held) <= 1200 and sorted(train + held) == sorted(documents)
-    assert sorted(t.hold_out(documents[::-1], 1000, 1200)[1]) == sorted(held)
 
 
 def test_short_validation_split(tmp_path: Path) -> None:

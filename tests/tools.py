@@ -40,6 +40,8 @@ SIZES: dict[str, Any] = {
     "muon_momentum_warmup_steps": 10,
     "compute_dtype": "float32",
     "rate_control": False,
+    "error_feedback": False,
+    "calibration_tokens": 2048,
     "swa_always": True,
     "qat_start_frac": 0.0,
     "mlp_prune_frac": 0.05,
@@ -55,7 +57,7 @@ def corpus() -> Path:
     extra = ["caf\u00e9", "\u65e5\u672c", "\U0001f600", "42", "x=1", "\u03b1"]
     documents = [" ".join(rng.choices(words + extra, k=120)) for _ in range(80)]
     folder = Path(tempfile.mkdtemp(prefix="train-gpt-tests-")) / "corpus"
-    t.build_corpus(documents, folder, SIZES["vocab_size"], (1500, 2600))
+    t.build_corpus(documents, folder, SIZES["vocab_size"], (1900, 2600))
     return folder
 
 
