@@ -10,15 +10,15 @@ Every hyperparameter is an environment variable (section 1). logs/<run_id>.txt h
 from __future__ import annotations
 # ruff: noqa: E401, I001  (grouped imports keep the preamble on one screen)
 import ast, contextlib, copy, ctypes, dataclasses, difflib, glob, hashlib, importlib.util, io, itertools, json
-import logging, lzma, math, operator, os, pickle, platform, random, re, resource, shutil, signal, struct, sys
-import sysconfig, tempfile, time
+import logging, lzma, math, operator, os, platform, random, re, resource, shutil, signal, struct, sys
+import sysconfig, tempfile, time, zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -57,7 +57,7 @@ class Config:
     warmup_steps: int = knob(20, "untimed compile warm-up steps, undone afterwards", least=0)
     warmdown_iters: int = knob(2500, "steps of linear warmdown at the end, or their worth of wall clock", least=0)
     train_batch_tokens: int = knob(786432, "tokens per step over all ranks", least=1)
-    train_seq_len: int = knob(2048, "tokens per sequence, in training and evaluation", least=1)
+    train_seq_len: int = knob(2048, "tokens per sequence, in training and evaluation", least=1, most=131072)
     micro_batch_tokens: int = knob(0, "tokens per forward and rank (0 = what fits the memory)", least=0)
     val_batch_size: int = knob(524288, "tokens per batch of the validation during training, over all ranks", least=1)
     val_loss_every: int = knob(500, "validate every N steps (0 = at the end only)", least=0)
@@ -100,11 +100,11 @@ class Config:
     swa_enabled: bool = knob(True, "1: average weights over the warmdown (SWA)")
     swa_start_frac: float = knob(0.4, "collect snapshots once lr_scale is below this", least=0, most=1)
     swa_every: int = knob(50, "steps between snapshots", least=1)
-    qat_start_frac: float = knob(0.9, "progress at which fake quantization starts (1 = never)", least=0, most=1)
+    qat_start_frac: float = knob(0.95, "progress at which fake quantization starts (1 = never)", least=0, most=1)
     swa_always: bool = knob(False, "1: export the average; 0: it or the last weights, by the loss on training tokens")
     error_feedback: bool = knob(True, "1: round with error feedback (GPTQ) where that helps on training tokens")
     rate_control: bool = knob(True, "1: choose every matrix's grid so that the limit is filled; the bits are the start")
-    calibration_tokens: int = knob(131072, "training tokens that the plan and the choice of weights look at", least=1)
+    calibration_tokens: int = knob(65536, "training tokens that the plan and the choice of weights look at", least=1)
     calibration_reserve: float = knob(0.01, "share of the cap kept for the choice of weights", least=0, below=1)
     mlp_bits: int = knob(4, "bits of the MLP weights, in training and stored", least=2, most=8)
     attn_bits: int = knob(5, "bits of the stored attention weights", least=2, most=8)
@@ -121,6 +121,7 @@ RECIPES: dict[str, dict[str, Any]] = {"pr314": {
     "swa_always": True, "mlp_prune_frac": 0.05, "prune_frac": 0.03,
     "relu_slope": 0.0, "xsa_layers": 0, "muon_eq": False, "muon_momentum_end": 0.99}}
 MAY_CHANGE_ON_RESUME = {"resume", "checkpoint_every", "data_path", "tokenizer_path", "micro_batch_tokens", "dry_run",
+                        "plan_step_ms", "plan_memory_gb",
                         "val_loss_every", "train_log_every", "eval_float", "eval_batch_seqs", "val_batch_size"}
 DEMO_SETTINGS: dict[str, Any] = {
     "iterations": 320, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "warmdown_iters": 200,
@@ -180,10 +181,10 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, str], lis
     return cfg, origin, [f"environment variable {n} is not known; did you mean {m[0]}?" for n, m in close.items() if m]
 def batch_plan(cfg: Config, world_size: int, most: float) -> tuple[int, int]:
     """(sequences per micro-batch, micro-batches per step) of a rank, where `most` fit at once; or ValueError."""
-    seq_len, total = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
+    batch, seq_len, total = cfg.train_batch_tokens, cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
     if total % world_size:
-        fits = ", ".join(str(n) for n in range(1, min(total, 128) + 1) if total % n == 0)
-        raise ValueError(f"{world_size} ranks do not divide the batch of {total} sequences: use one of {fits} ranks")
+        ok = ", ".join(str(n) for n in range(1, min(total, 128) + 1) if total % n == 0)
+        raise ValueError(f"{world_size} ranks do not divide TRAIN_BATCH_TOKENS={batch}: use one of {ok} ranks")
     per_rank, wanted = total // world_size, cfg.micro_batch_tokens // seq_len
     divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
     if wanted and wanted not in divisors:
@@ -198,9 +199,9 @@ def open_log(path: Path | None, append: bool = False) -> logging.Logger:
     logger = logging.Logger("train_gpt")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not append:
-            raise ValueError(f"RUN_ID={path.stem} has a log already: choose another RUN_ID, or go on with RESUME=1")
-        logger.addHandler(logging.FileHandler(path, encoding="utf-8"))
+        try: logger.addHandler(logging.FileHandler(path, "a" if append else "x", encoding="utf-8"))
+        except FileExistsError:
+            raise ValueError(f"RUN_ID={path.stem} has a log: choose another RUN_ID, or go on with RESUME=1") from None
         logger.addHandler(console := logging.StreamHandler(sys.stdout))
         console.setLevel(logging.INFO)
     return logger
@@ -230,7 +231,10 @@ class Runtime:
                 getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(option, value)
         if distributed:
             # Ranks that only wait (for rank 0 to compress, say) wait on gloo, which sleeps; NCCL would spin.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            # After a restart, torchrun's store still holds the addresses of the ranks before (PyTorch issue 135712).
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(start, next(dist.rendezvous("env://"))[0])
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", None, None, world_size, rank, store)
         native = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
         dtype = getattr(torch, {"auto": "bfloat16" if native else "float32"}.get(cfg.compute_dtype, cfg.compute_dtype))
         flash3 = cuda and torch.cuda.get_device_capability() >= (9, 0) and dtype == torch.bfloat16
@@ -244,8 +248,7 @@ class Runtime:
         self.logger.info("%s", line)
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:  # as one static-shape graph, if on
         return torch.compile(function, fullgraph=True, dynamic=False) if self.compile else function
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 autocast; the model casts explicitly, so this only guards operations that mix number formats."""
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:  # bf16, where the model computes in it
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
     def all_reduce(self, tensor: Tensor) -> Tensor:  # sum over ranks, in place
         if dist.is_initialized(): dist.all_reduce(tensor)
@@ -334,12 +337,11 @@ class TokenBytes:
         """Count from the pieces; control, unknown and unused ones are boundaries: 0 bytes, no space after them."""
         ids = range(sp.vocab_size())
         pieces = [sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
-        boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
-        sizes = [[0 if b else 1 if sp.is_byte(i) else len(text.encode()) for i, text, b in zip(ids, row, boundary)]
+        edge = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        sizes = [[0 if e else 1 if sp.is_byte(i) else len(s.encode()) for i, s, e in zip(ids, row, edge, strict=True)]
                  for row in (pieces, [text.removeprefix(" ") for text in pieces])]
-        self.table, self.boundary = torch.tensor(sizes, device=device), torch.tensor(boundary, device=device).long()
-    def count(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
-        """Bytes (int64) that each target adds to the text, given the token before it."""
+        self.table, self.boundary = torch.tensor(sizes, device=device), torch.tensor(edge, device=device).long()
+    def count(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:  # bytes of each target, given the token before
         return self.table[self.boundary[input_ids], target_ids]
 def load_tokenizer(path: str, vocab_size: int) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """The tokenizer and the sha256 of its file. Raises for a missing, foreign or differently sized one."""
@@ -441,7 +443,8 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     val.check(val.total)
     val_targets = (val.total - 1) // cfg.train_seq_len * cfg.train_seq_len
     if val_targets < 1:
-        raise ValueError(f"{data_path} has {val.total} validation tokens, not TRAIN_SEQ_LEN + 1: lower it or add text")
+        raise ValueError(f"{data_path} has {val.total} validation tokens, a window of TRAIN_SEQ_LEN needs "
+                         f"{cfg.train_seq_len + 1}: lower it or add text")
     rt.log(f"data path:{data_path} val_shards:{len(val.shards)} val_tokens:{val.total} val_targets:{val_targets}")
     if not (cfg.eval_artifact or cfg.export_from):
         train = TokenShards(f"{glob.escape(data_path)}/fineweb_train_*.bin", cfg.vocab_size)
@@ -453,16 +456,15 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
 # ---- 4 Quantization: one grid for training, export and loading -------------------------------------------------------
 @dataclass(frozen=True)
 class QuantSpec:
-    """A grid of 2^bits integer levels [qmin, qmax], a scale per row apart: row maximum / qmax, or, with a `step`, that
-    times the size of the row. `costs` (R,): rows in which errors cost more get smaller steps (see `row_scale`)."""
+    """2^bits integer levels [qmin, qmax], a scale per row apart: row maximum / qmax, or, with a `step`, that times the
+    size of the row, less for rows in which errors cost more (`costs` (R,), see `row_scale`)."""
     bits: int
     step: float = 0.0
     costs: Tensor | None = field(default=None, compare=False, repr=False)
     qmin = property(lambda self: -(1 << (self.bits - 1)))
     qmax = property(lambda self: (1 << (self.bits - 1)) - 1)
 QuantPlan = dict[str, QuantSpec]  # parameter name -> grid; parameters that it does not name are stored as fp16
-def plain(plan: QuantPlan) -> dict[str, tuple[int, float, Tensor | None]]:
-    """A plan as values that files can hold; QuantSpec(*values) makes a grid of them again."""
+def plain(plan: QuantPlan) -> dict[str, tuple[int, float, Tensor | None]]:  # for files; QuantSpec(*values) is back
     return {name: (spec.bits, spec.step, spec.costs) for name, spec in plan.items()}
 StoredState = dict[str, tuple[Tensor, ...]]  # name -> (codes int8, scale fp16) or (values fp16,)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # what fp16 can store
@@ -471,8 +473,7 @@ HESSIAN_DAMPING, FEEDBACK_BLOCK = 0.01, 128  # share of the mean diagonal; colum
 # The menu of steps for rate control; how much the steps of rows differ by their size and by what their errors cost.
 STEPS = [1.5 * 2 ** (-i / 6) for i in range(34)]
 SIZE_POWER, COST_POWER, LEAST_COST = 0.3, -0.35, 0.03
-def category(name: str) -> str:
-    """The kind of a parameter by its name: mlp, attn, bigram, embed or small (gains, scales, gates)."""
+def category(name: str) -> str:  # the kind of a parameter: mlp, attn, bigram, embed or small (gains, scales, gates)
     if not name.endswith(("_proj.weight", "embed.weight", "lm_head.weight")): return "small"
     return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
 def quant_spec_for(name: str, cfg: Config) -> QuantSpec | None:
@@ -486,19 +487,18 @@ def row_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Scale per row of `weight` (R, C), rounded to fp16, as fp32 (R,); not in compiled code, which drops that rounding.
     With one code table for all rows, entropy coding asks for steps in proportion to the rows, rate theory for steps by
     cost alone: the powers lie between."""
+    widest = weight.abs().amax(dim=1) / spec.qmax  # a smaller scale would cut the row's largest weights
     if spec.step:
         size = weight.double().square().mean(dim=1).sqrt()
         scale = spec.step * size.mean() ** (1 - SIZE_POWER) * size**SIZE_POWER
         if spec.costs is not None:
             cost = spec.costs.to(scale)
             scale = scale * (cost / cost.mean().clamp(min=1e-30) + LEAST_COST) ** COST_POWER
-    else: scale = weight.abs().amax(dim=1) / spec.qmax
+    scale = torch.maximum(scale, widest) if spec.step else widest
     return scale.float().clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).float()
-def round_to_grid(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """int8 codes (R, C) of `weight` (R, C), rounded to nearest on the grid of `scale` (R,)."""
+def round_to_grid(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:  # (R, C), (R,) -> int8 codes (R, C)
     return torch.clamp(torch.round(weight / scale.unsqueeze(1)), spec.qmin, spec.qmax).to(torch.int8)
-def dequantize_per_row(codes: Tensor, scale: Tensor) -> Tensor:
-    """fp32 weights (R, C) of codes (R, C) and scales (R,)."""
+def dequantize_per_row(codes: Tensor, scale: Tensor) -> Tensor:  # codes (R, C), scales (R,) -> fp32 (R, C)
     return codes.float() * scale.float().unsqueeze(1)
 def quantize_per_row(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """(codes int8 (R, C), scale fp16 (R,)) of a finite `weight` (R, C), as they are stored."""
@@ -521,8 +521,7 @@ def round_with_feedback(weight: Tensor, scale: Tensor, spec: QuantSpec, hessian:
             block[:, i + 1 :] -= errors[-1] * upper[at, at + 1 : begin + block.size(1)]
         w[:, at + 1 :] -= torch.cat(errors, dim=1) @ upper[begin : at + 1, at + 1 :]
     return codes[:, order.argsort()]
-def fake_quantize_per_row(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """What `weight` (R, C) will be after export and load; `scale` is `row_scale(weight, spec)`."""
+def fake_quantize_per_row(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:  # what export and load give
     return dequantize_per_row(round_to_grid(weight, scale, spec), scale)
 def prune_smallest(weight: Tensor, frac: float) -> Tensor:
     """`weight` with its share `frac` of smallest magnitudes set to zero."""
@@ -530,8 +529,8 @@ def prune_smallest(weight: Tensor, frac: float) -> Tensor:
     return weight * (weight.abs() > weight.abs().flatten().kthvalue(count).values) if count else weight
 def quantize_state(state: Mapping[str, Tensor], plan: QuantPlan, cfg: Config, log: Log,
                    hessians: Mapping[str, Tensor], share: Runtime | None = None) -> StoredState:
-    """Prune and round every tensor: name -> (codes, scale) where the plan has a grid, else (fp16 values,), on the CPU.
-    Those in `hessians` are rounded with error feedback, with `share` each of them by one rank for all."""
+    """Prune and round: (codes, scale) where the plan has a grid, else (fp16 values,), on the CPU. Those in `hessians`
+    are rounded with error feedback, with `share` each by one rank for all."""
     stored: StoredState = {}
     changed: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for i, (name, value) in enumerate(state.items()):
@@ -554,8 +553,7 @@ def quantize_state(state: Mapping[str, Tensor], plan: QuantPlan, cfg: Config, lo
             changed[kind][1] += weight.numel()
     for kind, (count, of) in changed.items(): log(f"prune category:{kind} codes_changed:{count} of:{of}")
     return stored
-def dequantize_state(stored: StoredState) -> dict[str, Tensor]:
-    """fp32 weights of what `quantize_state` returned or `read_artifact` read."""
+def dequantize_state(stored: StoredState) -> dict[str, Tensor]:  # fp32 weights, as they are loaded
     return {name: dequantize_per_row(*parts) if len(parts) == 2 else parts[0].float() for name, parts in stored.items()}
 def order0_bytes(codes: Tensor) -> float:
     """Size of integer codes under an ideal order-0 entropy coder, bytes."""
@@ -591,12 +589,11 @@ def allocate(table: RateTable, budget: float) -> QuantPlan:
         _, name, size = max(moves)
         level[name], left = level[name] + 1, left - size
 # ---- 5 Model ---------------------------------------------------------------------------------------------------------
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension without weights (arXiv:1910.07467), in the format of `x`."""
+def norm(x: Tensor) -> Tensor:  # RMS norm over the last dimension, without weights (arXiv:1910.07467)
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each (B, T, KV, head_dim)
 Kept = list[KeyValue]  # of all layers
-ATTENTION_CHUNK, BAND_CHUNKS = 256, 16  # queries at a time in `attend_in_chunks`; chunks in an evaluated segment
+ATTENTION_CHUNK, BAND_CHUNKS = 128, 16  # queries at a time in `attend_in_chunks`; chunks in an evaluated segment
 class CastedLinear(nn.Module):
     """Linear layer without bias: fp32 master weight, cast to the format of its input in the forward. With a `spec` it
     trains under fake quantization: once per optimizer step `refresh` rounds the weight into `forward_weight`, which the
@@ -778,8 +775,7 @@ class GPT(nn.Module):
         hidden, kept = self.hidden(x0, target_ids.size(1), rope, past)
         nll = F.cross_entropy(self.logits(hidden).flatten(0, 1), target_ids.flatten(), reduction="none")
         return nll.view_as(target_ids), kept
-    def nll(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
-        """`chunk_nll` of token ids (B, T) that start a sequence."""
+    def nll(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:  # of token ids (B, T) that start a sequence
         return self.chunk_nll(self.embedded(input_ids), target_ids, self.rope(0, input_ids.size(1)), None)[0]
     def loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:  # mean NLL of a training batch, nats per token
         return self.nll(input_ids, target_ids).mean()
@@ -872,8 +868,7 @@ class Optimizers:
         self.flat.zero_()
         return metrics
 def step_flops(model: GPT, cfg: Config) -> float:
-    """Floating-point operations of a step, per token 6 for each weight in a matrix product (2 forward, 4 backward)
-    and, for causal attention (two products over half of the T x T pairs), 6 * num_layers * model_dim * T."""
+    """FLOPs of a step: per token 6 for each weight in a product, and 6 * num_layers * model_dim * T of attention."""
     products = [p.numel() for n, p in model.named_parameters() if n.endswith(("_proj.weight", "lm_head.weight"))]
     head = model.embed.weight.numel() if cfg.tie_embeddings else 0
     return 6.0 * cfg.train_batch_tokens * (sum(products) + head + cfg.num_layers * cfg.model_dim * cfg.train_seq_len)
@@ -888,15 +883,14 @@ def training_seconds(cfg: Config) -> float:  # the cap (0: none) less what is ke
     return cfg.max_wallclock_seconds * (1 - cfg.calibration_reserve)
 def lr_scale_at(step: int, elapsed: float, step_seconds: float, cfg: Config) -> float:
     """Learning-rate factor in [0, 1]: constant, then linear to 0 over the last `warmdown_iters` steps or their worth of
-    wall clock, whichever gives less. `step_seconds` is the recent time per step (0 while unknown)."""
+    wall clock, whichever gives less (`step_seconds`: of a recent step, 0 while unknown)."""
     scale, cap = 1.0, training_seconds(cfg)
     if cfg.warmdown_iters > 0:
         scale = min(scale, (cfg.iterations - step) / cfg.warmdown_iters)
         if cap and step_seconds > 0: scale = min(scale, (cap - elapsed) / (cfg.warmdown_iters * step_seconds))
     return max(scale, 0.0)
 # ---- 8 Evaluation ----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class EvalResult:
+class EvalResult(NamedTuple):
     """Scores of one evaluation: mean NLL per token in nats, bits per byte of text, bytes of text, seconds taken."""
     val_loss: float
     val_bpb: float
@@ -916,8 +910,7 @@ def scoring_windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, 
 class Evaluator:
     """Bits per byte of a model on the validation split, on all ranks, through fixed-shape compiled graphs."""
     def __init__(self, data: Data, cfg: Config, rt: Runtime) -> None:
-        self.data, self.cfg, self.rt = data, cfg, rt
-        self.token_bytes = TokenBytes(data.tokenizer, rt.device)
+        self.data, self.cfg, self.rt, self.token_bytes = data, cfg, rt, TokenBytes(data.tokenizer, rt.device)
     @torch.no_grad()
     def run(self, model: GPT, mode: str, batch: int, label: str) -> EvalResult:
         """Score every target once; `batch`: windows or segments per forward and rank. Compiled where that is on."""
@@ -984,7 +977,7 @@ class Evaluator:
             self.rt.log(f"final_int8_zlib_roundtrip_exact {result}")
 # ---- 9 Artifact: header and flat streams in one zstd frame -----------------------------------------------------------
 ARTIFACT_HEAD = b"PGPT" + struct.pack("<I", 1)  # magic and format version
-ZSTD_LEVEL, MAX_PAYLOAD_BYTES = 22, 1 << 30
+ZSTD_LEVEL, MAX_PAYLOAD_BYTES = 22, 1 << 27
 STREAMS = ("int4", "int5", "int6", "int7", "int8", "scale", "fp16")  # int4: codes of 2 to 4 bits, two to a byte
 EXPORT_ROUNDS, FULL_ENOUGH, AIM = 5, 0.996, 0.998  # compressions at most; shares of the limit: done, and aimed at
 def pack_nibbles(codes: Tensor) -> bytes:
@@ -1038,7 +1031,7 @@ def read_artifact(path: Path, content: bytes | None = None) -> tuple[dict[str, A
         entries = [(str(t["name"]), tuple(map(int, t["shape"])), int(t["bits"])) for t in header["tensors"]]
         sound = all(min(shape, default=0) >= 0 and bits in (2, 3, 4, 5, 6, 7, 8, 16) for _, shape, bits in entries)
         sound = sound and len({n for n, _, _ in entries}) == len(entries) and "config" in header
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
     sizes = [stream_sizes(shape, bits) for _, shape, bits in entries]
     ends = list(itertools.accumulate((sum(size.get(k, 0) for size in sizes) for k in STREAMS), initial=begin))
@@ -1054,16 +1047,20 @@ def read_artifact(path: Path, content: bytes | None = None) -> tuple[dict[str, A
         arrays = [values.reshape(shape), *(p.view("<f2") for p in parts[1:])]
         stored[name] = tuple(torch.from_numpy(array.copy()) for array in arrays)
     return header, stored, {name: QuantSpec(bits) for name, _, bits in entries if bits < 16}
+def check_shapes(found: Mapping[str, Tensor], cfg: Config, path: Any) -> None:
+    """Raise ValueError unless `found` are the tensors of the model of `cfg`, before memory is taken for one."""
+    with torch.device("meta"), contextlib.suppress(RuntimeError, TypeError, OverflowError):  # forged sizes
+        state = GPT(cfg, {}, torch.float32).state_dict() if cfg.num_layers <= len(found) else {}
+        if state and {n: x.shape for n, x in found.items()} == {n: x.shape for n, x in state.items()}: return
+    raise ValueError(f"{path} holds other tensors than its config needs")
 def load_artifact(path: Path, cfg: Config, rt: Runtime, tokenizer_sha256: str) -> GPT:
     """The model of an artifact, on the device; ValueError when its tensors or tokenizer are not those of `cfg`."""
     header, stored, plan = read_artifact(path, rt.from_rank_0(path.read_bytes))  # other nodes may not have the file
     if header.get("tokenizer_sha256") != tokenizer_sha256:
         raise ValueError(f"{path} needs the tokenizer of sha256 {header.get('tokenizer_sha256')}: set TOKENIZER_PATH")
+    check_shapes({name: parts[0] for name, parts in stored.items()}, cfg, path)
     model = GPT(cfg, {}, rt.compute_dtype, rt.attention)
-    try:
-        model.load_state_dict(dequantize_state(stored))
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds other tensors than its config needs: {error}") from None
+    model.load_state_dict(dequantize_state(stored))
     rt.log(f"artifact loaded:{path} tensors:{len(stored)} bits:{bits_of(plan)}")
     return model.to(rt.device)
 def with_model_fields(cfg: Config, stored: Any, path: str) -> Config:
@@ -1074,26 +1071,24 @@ def with_model_fields(cfg: Config, stored: Any, path: str) -> Config:
     found = dataclasses.replace(cfg, **fields, micro_batch_tokens=0)
     if not (problems := config_problems(found)): return found
     raise ValueError(f"{path} cannot be used with these settings:\n  " + "\n  ".join(problems))
-def bits_of(plan: QuantPlan) -> str:
-    """Which bits a plan has in each category: mlp4,mlp5,attn5."""
+def bits_of(plan: QuantPlan) -> str:  # which bits a plan has in each category: mlp4,mlp5,attn5
     found = {f"{category(name)}{spec.bits}" for name, spec in plan.items()}
     return ",".join(sorted(found, key=lambda kind: ("mabe".index(kind[0]), kind)))
-def log_sizes(stored: StoredState, plan: QuantPlan, log: Log) -> None:
-    """What each matrix and each category takes under an ideal order-0 coder, bytes, and the error of the rounding."""
+def log_sizes(stored: StoredState, state: Mapping[str, Tensor], plan: QuantPlan, log: Log) -> None:
+    """What each matrix and category takes under an ideal order-0 coder, bytes, and the relative error of rounding."""
     sizes: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
     for name, (codes, *scale) in stored.items():
         size, spec = order0_bytes(codes) + 2 * scale[0].numel() if scale else 2.0 * codes.numel(), plan.get(name)
         raw = sum(stream_sizes(tuple(codes.shape), spec.bits if spec else 16).values())
         sizes[category(name)] = [a + b for a, b in zip(sizes[category(name)], (codes.numel(), raw, size), strict=True)]
         grid = f"bits:{spec.bits} step:{spec.step:.4g}" if spec else "bits:16"
-        log(f"quant tensor:{name} {grid} bytes:{size:.0f} bits_per_weight:{8 * size / max(1, codes.numel()):.3f}")
+        error = (dequantize_state({name: stored[name]})[name] - state[name].cpu()).norm() / state[name].norm().cpu()
+        log(f"quant tensor:{name} {grid} bytes:{size:.0f} error:{float(error.nan_to_num()):.5f}")
     for kind, (count, stream_bytes, coded) in sizes.items():
         log(f"artifact category:{kind} params:{count} raw_bytes:{stream_bytes} order0_entropy_bytes:{coded:.0f}")
-
 Trained = dict[str, Any]  # weights to export, costs of errors in their rows, grids trained on, Hessians to round with
 def export(trained: Trained, cfg: Config, log: Log, tokenizer: str) -> tuple[Path, bool]:
-    """Quantize, compress and write `logs/<run_id>.ptz`; (path, whether code and model fit the limit, which the plan is
-    corrected to fill by the real size)."""
+    """Quantize, compress, write `logs/<run_id>.ptz`, filling the limit by its real size; (path, whether it fits)."""
     started, path, code_bytes = time.monotonic(), Path("logs", f"{cfg.run_id}.ptz"), Path(__file__).stat().st_size
     state, limit = trained["weights"], cfg.artifact_limit_bytes
     kept = {name: QuantSpec(*values) for name, values in trained["grids"].items()}
@@ -1116,7 +1111,7 @@ def export(trained: Trained, cfg: Config, log: Log, tokenizer: str) -> tuple[Pat
     _, size, plan, stored, content = max(tried, key=lambda trial: trial[:2])  # the largest that fits, or the smallest
     total = abs(size)
     write_atomically(path, content)
-    log_sizes(stored, plan, log)
+    log_sizes(stored, state, plan, log)
     log(f"artifact bits:{bits_of(plan)} codec:zstd-{ZSTD_LEVEL} model_bytes:{total - code_bytes} "
         f"code_bytes:{code_bytes} artifact_bytes:{total} limit:{limit}")
     log(f"artifact path:{path} headroom_bytes:{limit - total} export_time:{1000 * (time.monotonic() - started):.0f}ms")
@@ -1134,6 +1129,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
+    except OSError as error: raise OSError(f"{path} was not written ({error}): make room") from None
     finally:
         scratch.unlink(missing_ok=True)
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -1141,22 +1137,25 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
-def load_tensors(path: Path) -> dict[str, Any]:
-    """What `save_tensors` stored, on the CPU; runs no code from the file. Raises FileNotFoundError or ValueError."""
+def load_tensors(path: Path, *needed: str) -> dict[str, Any]:
+    """What `save_tensors` stored, on the CPU; runs no code from the file. FileNotFoundError, ValueError if damaged."""
     if not path.is_file(): raise FileNotFoundError(f"no file {path}: a trained run leaves logs/<run_id>.weights")
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError(f"{path} is truncated, damaged or not this script's: its checksum does not fit")
-    try: return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} holds no tensors of this script ({type(error).__name__})") from None
-def checkpoint_paths(run_id: str) -> list[Path]:
-    """The checkpoints of a run, oldest first: logs/<run_id>.<step>.ckpt."""
-    return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 9}.ckpt"))
+    with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(content[32:])) as parts:  # forged: anything
+        if sum(part.file_size for part in parts.infolist()) <= len(content):  # neither packed nor overlapping
+            found = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+            tensors = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, Tensor)]
+            honest = all(x.nbytes <= x.untyped_storage().nbytes() for x in tensors)
+            if honest and {*needed} <= found.keys(): return found
+    raise ValueError(f"{path} holds no tensors of this script, or not {' '.join(needed)}")
+def checkpoint_paths(run_id: str, end: str = "") -> list[Path]:  # oldest first; `end` .tmp: torn ones, after a kill
+    return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 9}.ckpt{end}"))
 def newest_checkpoint(cfg: Config, log: Log) -> dict[str, Any] | None:
     """The newest sound checkpoint of RUN_ID, if any. Raises ValueError for another config, naming what differs."""
     for path in reversed(checkpoint_paths(cfg.run_id)):
-        try: state = load_tensors(path)
+        try: state = load_tensors(path, "config", "model", "step")
         except ValueError as error:
             log(f"warning: skipped a checkpoint: {error}")
             continue
@@ -1166,6 +1165,8 @@ def newest_checkpoint(cfg: Config, log: Log) -> dict[str, Any] | None:
             raise ValueError(f"{path} is of another config: {listed}; set them back, or choose another RUN_ID")
         log(f"resume checkpoint:{path} step:{state['step']} train_time:{1000 * state['elapsed']:.0f}ms")
         return state
+    if (done := Path("logs", f"{cfg.run_id}.weights")).exists():
+        raise ValueError(f"RUN_ID={cfg.run_id} has no sound checkpoint, but {done}: use EXPORT_FROM, or another RUN_ID")
     log(f"warning: RUN_ID={cfg.run_id} has no sound checkpoint: it starts from the beginning")
     return None
 # ---- 11 Training -----------------------------------------------------------------------------------------------------
@@ -1173,24 +1174,21 @@ CALIBRATION_BATCH = 2048  # tokens per backward of the look at training tokens
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class RunEnded(RuntimeError):
     """The training cannot go on (message, exit code): diverged, or stopped by a signal."""
-
 def log_model(model: GPT, cfg: Config, rt: Runtime) -> tuple[int, int]:
     """Log sizes; `batch_plan`'s answer for the memory at hand. Raises ValueError for bad ranks or too full a disk."""
     counts: dict[str, int] = defaultdict(int)
     for name, p in model.named_parameters(): counts[category(name)] += p.numel()
     params = sum(counts.values())
     rt.log(" ".join([f"model params:{params} seed:{cfg.seed}", *(f"{kind}:{n}" for kind, n in counts.items())]))
-    memory = 1e9 * (cfg.plan_memory_gb if cfg.dry_run else 3)
-    if rt.device.type == "cuda": memory = torch.cuda.mem_get_info()[0]
-    micro, steps = batch_plan(cfg, rt.world_size, 0.6 * memory / (activation_bytes(cfg, rt) * cfg.train_seq_len))
+    gb = torch.cuda.mem_get_info()[0] / 1e9 if rt.device.type == "cuda" else cfg.plan_memory_gb if cfg.dry_run else 3.0
+    micro, steps = batch_plan(cfg, rt.world_size, 6e8 * gb / (activation_bytes(cfg, rt) * cfg.train_seq_len))
     rt.log(f"batch tokens:{cfg.train_batch_tokens} ranks:{rt.world_size} micro_batch_tokens:{micro * cfg.train_seq_len}"
            f" micro_steps:{steps} step_tflop_per_rank:{step_flops(model, cfg) / rt.world_size / 1e12:.4g}")
     copies = 3 + (15 if cfg.checkpoint_every else 0)  # weights, Hessians; 3 checkpoints of weights, optimizers, average
     need, free = 4 * params * copies + cfg.artifact_limit_bytes, shutil.disk_usage("logs").free
     if free < need: raise ValueError(f"logs/ has {free} bytes free, this run may write {need}: make room first")
     return micro, steps
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The master weights, by name."""
+def weights_of(model: nn.Module) -> dict[str, Tensor]:  # the master weights, by name
     return {name: p.detach() for name, p in model.named_parameters()}
 STATE = ("step", "elapsed", "qat_active", "costs", "durations", "recent_losses")  # what a checkpoint holds as it is
 class Trainer:
@@ -1222,8 +1220,8 @@ class Trainer:
             "plan": plain(self.plan)}
         try: save_tensors(path, state)
         except OSError as error:
-            return self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact; make room")
-        for old in checkpoint_paths(self.cfg.run_id)[:-2]: old.unlink()
+            return self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact")
+        for old in [*checkpoint_paths(self.cfg.run_id)[:-2], *checkpoint_paths(self.cfg.run_id, ".tmp")]: old.unlink()
         self.rt.log(f"checkpoint path:{path} time:{1000 * (time.perf_counter() - begun):.0f}ms (inside the clock)")
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `save` was called; also with another number of ranks."""
@@ -1335,13 +1333,12 @@ class Trainer:
         return float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
     def absorb(self, metrics: list[float], lr_scale: float) -> None:
         """Take in what all ranks agree on about the step just done: clock and health; log it."""
-        (loss, elapsed, stop, grad_norm), step, cfg = metrics, self.step, self.cfg
-        self.durations = [*self.durations[-99:], elapsed - self.elapsed]
-        self.elapsed = elapsed
+        (loss, elapsed, _, grad_norm), step, cfg = metrics, self.step, self.cfg
+        self.durations, self.elapsed = [*self.durations[-99:], elapsed - self.elapsed], elapsed
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             last, saved = [f"{x:.4f}" for x in self.recent_losses], [str(p) for p in checkpoint_paths(cfg.run_id)][-1:]
             raise RunEnded(f"step {step}: loss {loss}, gradient norm {grad_norm}; last losses {last}, saved {saved}. "
-                           "Try a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR, GRAD_CLIP_NORM above 0, float32", 4)
+                           "Try a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR, or COMPUTE_DTYPE=float32", 4)
         self.recent_losses = [*self.recent_losses[-4:], loss]
         if step <= 5 or step % cfg.train_log_every == 0 or step == cfg.iterations:
             average, cap = elapsed / step, training_seconds(cfg)
@@ -1352,7 +1349,7 @@ class Trainer:
                         f"tokens_per_s:{cfg.train_batch_tokens / average:.0f} eta:{left:.0f}s "
                         f"rank_tflops:{self.rank_flops / average / 1e12:.4g}")
             if step == 5 and cap and cfg.warmdown_iters * self.step_seconds() > cap:
-                self.rt.log(f"warning: about {cap / self.step_seconds():.0f} steps fit, fewer than WARMDOWN_ITERS")
+                self.rt.log(f"warning: about {cap / self.step_seconds():.0f} steps fit the cap, not WARMDOWN_ITERS")
     def out_of_time(self) -> bool:
         """Whether the next step might end after the wall-clock cap (the same answer on every rank)."""
         cap, slowest = training_seconds(self.cfg), max(self.durations[-20:], default=0.0)
@@ -1383,8 +1380,8 @@ class Trainer:
             if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and not ends: self.validate()
             if cfg.checkpoint_every and (ends or metrics[2] or self.elapsed - self.saved_at >= cfg.checkpoint_every):
                 self.save()
-            if metrics[2] and not ends:
-                how = f"RESUME=1 RUN_ID={cfg.run_id} goes on" if cfg.checkpoint_every else "CHECKPOINT_EVERY=0"
+            if metrics[2] and (cfg.checkpoint_every or not ends):
+                how = f"RESUME=1 RUN_ID={cfg.run_id} goes on" if cfg.checkpoint_every else "set CHECKPOINT_EVERY"
                 raise RunEnded(f"stopped by a signal after step {self.step}; {how}", 128 + (self.stop_signal or 15))
         for number, handler in zip(STOP_SIGNALS, handlers, strict=True): signal.signal(number, handler)
         trained, took = self.choose_weights(), time.perf_counter() - self.clock_zero
@@ -1396,7 +1393,8 @@ class Trainer:
 # ---- 12 Main ---------------------------------------------------------------------------------------------------------
 def log_start(cfg: Config, origin: Mapping[str, str], warnings: Iterable[str], rt: Runtime) -> None:
     """Source, versions, config and overrides: what is needed to run this run again."""
-    if not cfg.resume: rt.logger.debug("%s", Path(__file__).read_text(encoding="utf-8") + "=" * 100)
+    if all(os.path.getsize(h.baseFilename) == 0 for h in rt.logger.handlers if isinstance(h, logging.FileHandler)):
+        rt.logger.debug("%s", Path(__file__).read_text(encoding="utf-8") + "=" * 100)
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{platform.machine()} cpus:{os.cpu_count()}"
     versions = " ".join(f"{module.__name__}:{module.__version__}" for module in (torch, np, sentencepiece, zstandard))
     rt.log(f"run id:{cfg.run_id} python:{platform.python_version()} {versions}")
@@ -1410,13 +1408,6 @@ def log_xz(data: Data, log: Log) -> None:
     text = "".join(data.tokenizer.decode(part.tolist()) for part in data.val.shards).encode()
     packed = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
     log(f"xz -9e of the validation text: text_bytes:{len(text)} xz_bytes:{packed} xz_bpb:{8 * packed / len(text):.4f}")
-def finish(trained: Trained, cfg: Config, data: Data, rt: Runtime) -> int:
-    """Export the weights, load what was stored, score it; the exit code says whether it fits the limit."""
-    path, fits = rt.from_rank_0(lambda: export(trained, cfg, rt.log, data.tokenizer_sha256))
-    stored_model = load_artifact(path, cfg, rt, data.tokenizer_sha256)
-    if cfg.demo and rt.rank == 0: log_xz(data, rt.log)
-    Evaluator(data, cfg, rt).report(stored_model, "final")
-    return 0 if fits else 3
 def train(cfg: Config, data: Data, rt: Runtime, started: float) -> Trained:
     """Build the model, train it, put the weights that will be exported on disk and return them."""
     torch.manual_seed(cfg.seed)
@@ -1438,7 +1429,8 @@ def train(cfg: Config, data: Data, rt: Runtime, started: float) -> Trained:
     return trained
 def dry_run(cfg: Config, rt: Runtime, data: Data) -> int:
     """Log the plan of a run for rt.world_size ranks, computing nothing; raises ValueError for what would stop it."""
-    if not cfg.resume and Path("logs", f"{cfg.run_id}.txt").exists(): raise ValueError(f"RUN_ID={cfg.run_id} has a log")
+    if cfg.resume: newest_checkpoint(cfg, rt.log)  # raises for one that does not fit
+    elif Path("logs", f"{cfg.run_id}.txt").exists(): raise ValueError(f"RUN_ID={cfg.run_id} has a log: choose another")
     with torch.device("meta"): model = GPT(cfg, {}, rt.compute_dtype)
     tokens, cap = log_model(model, cfg, rt)[0] * cfg.train_seq_len, training_seconds(cfg)
     sizes, logits = {name: p.numel() for name, p in model.named_parameters()}, tokens * cfg.vocab_size * 8
@@ -1446,16 +1438,15 @@ def dry_run(cfg: Config, rt: Runtime, data: Data) -> int:
     mlp, kept = sum(n for name, n in sizes.items() if category(name) == "mlp"), tokens * activation_bytes(cfg, rt)
     parts = {"weights": 4 * (params + mlp), "gradients": 4 * params, "optimizer": 8 * params + 2 * matrices,
              "swa": 4 * params, "activations": kept - logits, "logits": logits}
-    parts["all"] = sum(parts.values())
-    rt.log("plan memory_bytes_per_rank" + "".join(f" {kind}:{n:.0f}" for kind, n in parts.items()))
+    rt.log(f"plan rank_memory_bytes all:{sum(parts.values()):.0f}" + "".join(f" {k}:{n:.0f}" for k, n in parts.items()))
     rows, estimate = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), defaultdict[str, float](float)
+    estimate["code"] = Path(__file__).stat().st_size
     for name, n in sizes.items():
         spec = quant_spec_for(name, cfg)
         bits = (8 * order0_bytes(quantize_per_row(rows, spec)[0]) + 16 * 64) / rows.numel() if spec else 16.0
         estimate[category(name)] += n * bits / 8
-    estimate["code"] = Path(__file__).stat().st_size
-    rt.log("plan artifact_bytes" + "".join(f" {kind}:{n:.0f}" for kind, n in estimate.items()) + f" all:"
-           f"{sum(estimate.values()):.0f} limit:{cfg.artifact_limit_bytes} at the starting bits")
+    estimate |= {"all": sum(estimate.values()), "limit": cfg.artifact_limit_bytes}
+    rt.log("plan artifact_bytes" + "".join(f" {kind}:{n:.0f}" for kind, n in estimate.items()))
     fit = f"{1000 * cap / cfg.plan_step_ms:.0f}" if cap and cfg.plan_step_ms else "see PLAN_STEP_MS" if cap else "all"
     windows = len(scoring_windows(data.val_targets, cfg.train_seq_len, cfg.eval_stride or cfg.train_seq_len))
     rt.log(f"plan iterations:{cfg.iterations} seconds:{cap:g} steps_that_fit:{fit} warmdown:{cfg.warmdown_iters} "
@@ -1467,8 +1458,11 @@ def main() -> int:
     cfg, origin, warnings = load_config(os.environ)
     trained = None
     if cfg.export_from:
-        trained = load_tensors(Path(cfg.export_from))
-        cfg = with_model_fields(cfg, trained.get("config"), cfg.export_from)
+        trained = load_tensors(Path(cfg.export_from), "weights", "costs", "hessians", "grids", "config")
+        cfg = with_model_fields(cfg, trained["config"], cfg.export_from)
+        check_shapes(trained["weights"], cfg, cfg.export_from)
+        if cfg.mlp_bits != trained["config"].get("mlp_bits"): trained["grids"] = {}
+        if not cfg.error_feedback: trained["hessians"] = {}
     elif cfg.eval_artifact:
         cfg = with_model_fields(cfg, read_artifact(Path(cfg.eval_artifact))[0]["config"], cfg.eval_artifact)
     rt = Runtime.start(cfg)
@@ -1478,7 +1472,12 @@ def main() -> int:
     if cfg.eval_artifact:
         Evaluator(data, cfg, rt).report(load_artifact(Path(cfg.eval_artifact), cfg, rt, data.tokenizer_sha256), "final")
         return 0
-    return finish(trained or train(cfg, data, rt, started), cfg, data, rt)
+    trained = trained or train(cfg, data, rt, started)
+    path, fits = rt.from_rank_0(lambda: export(trained, cfg, rt.log, data.tokenizer_sha256))
+    stored_model = load_artifact(path, cfg, rt, data.tokenizer_sha256)
+    if cfg.demo: log_xz(data, rt.log)
+    Evaluator(data, cfg, rt).report(stored_model, "final")
+    return 0 if fits else 3
 def command_line() -> int:
     """`main` with readable errors; exit codes: 2 bad input, 3 over the limit, 4 diverged, 128 + n signal n."""
     try: return main()
@@ -1488,7 +1487,9 @@ def command_line() -> int:
         time.sleep(5 * (rank != "0" and code < 128))  # rank 0 says the same, and ends the run meanwhile
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {message}", file=sys.stderr, flush=True)
         return code
-    except KeyboardInterrupt: return 130  # Ctrl-C outside of training
+    except KeyboardInterrupt:
+        print("interrupted; what was written before is in logs/", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 

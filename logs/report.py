@@ -147,8 +147,9 @@ class Run:
 
     @property
     def ms_per_step(self) -> float | None:
-        """Training time per step, over the whole run."""
-        return self.train_ms / self.step if self.train_ms is not None and self.step else None
+        """Training time per step, up to the last logged one: what comes after it, the choice of weights, is no step."""
+        step = max(self.times.keys() & self.losses.keys() if self.own else self.times, default=0)
+        return self.times[step] / step if step else None
 
     @property
     def batch_tokens(self) -> int | None:
@@ -166,7 +167,7 @@ class Run:
             where = "before the final score" if self.stopped else "in training"
             return f"unfinished: the log ends at {at}, {where}{last}"
         if not self.step:
-            again = self.settings.get("eval_artifact") or "a stored model"
+            again = self.settings.get("eval_artifact") or self.settings.get("export_from") or "a stored model"
             return f"no training in it: an evaluation of {again}, val_bpb {self.final.bpb:.5f}"
         return ""
 
@@ -206,7 +207,9 @@ def read_step(run: Run, line: str, pairs: dict[str, str]) -> None:
     step = int(found[1])
     run.step, run.planned = max(run.step, step), int(found[2]) if found[2] else run.planned
     if time is not None:
-        run.times[step] = run.train_ms = time
+        run.train_ms = time
+        if loss is not None or step not in run.times:  # the last validation comes after the choice of weights
+            run.times[step] = time
     for value, points in ((loss, run.losses), (bpb, run.val_bpb), (number(pairs.get("lr_scale")), run.scales)):
         if value is not None and math.isfinite(value):
             points[step] = value
@@ -236,13 +239,13 @@ def read_score(run: Run, line: str, pairs: dict[str, str]) -> None:
 
 
 def read_artifact(run: Run, line: str, pairs: dict[str, str]) -> None:
-    """`artifact bits:... model_bytes:...` and `artifact category:...`."""
+    """`artifact bits:... model_bytes:...` and `artifact category:...`; `artifact round:...` is but a trial."""
     if "category" in pairs:
         keys = ("bytes", "compressed_bytes", "order0_entropy_bytes", "raw_bytes")
         sizes = [size for key in keys if (size := number(pairs.get(key))) is not None]
         if sizes:
             run.categories[pairs["category"]] = sizes[0]
-    if "artifact_bytes" in pairs:
+    if "model_bytes" in pairs:
         for key in ("model_bytes", "code_bytes", "artifact_bytes", "limit"):
             setattr(run, key, whole(pairs.get(key)))
 
@@ -303,10 +306,25 @@ def read_old_about(run: Run, line: str, pairs: dict[str, str]) -> None:
             run.runtime |= {k: v for k, v in pairs.items() if k == "world_size"}
 
 
+def go_back(run: Run, step: int) -> None:
+    """A run goes on from its checkpoint at `step`: what was logged of later steps, and its end, happens again."""
+    for points in (run.times, run.losses, run.scales, run.val_bpb):
+        for later in [s for s in points if s > step]:
+            del points[later]
+    run.step, run.train_ms, run.stopped, run.diverged = step, run.times.get(step), "", ""
+    run.scores, run.float_score, run.categories = [], None, {}
+    run.model_bytes = run.code_bytes = run.artifact_bytes = run.limit = None
+    if (run.swa_start or 0) > step:
+        run.swa_start = None
+
+
 def read_event(run: Run, line: str, pairs: dict[str, str]) -> None:
-    """Averaging, the end of training, warnings and errors."""
+    """Averaging (the last start counts: fake quantization begins anew), resuming, the end, warnings, errors."""
     if line.startswith(("swa snapshot:1 ", "swa:start ")):
         run.swa_start = whole(pairs.get("step"))
+    elif line.startswith("resume checkpoint:"):
+        go_back(run, whole(pairs.get("step")) or 0)
+        run.train_ms = number(pairs.get("train_time"))
     elif line.startswith(("training stopped:", "stopping_early:")):
         run.stopped = pairs.get("stopped") or pairs.get("stopping_early", "")
         run.step = max(run.step, whole(pairs.get("step")) or 0)
@@ -315,7 +333,9 @@ def read_event(run: Run, line: str, pairs: dict[str, str]) -> None:
             run.diverged = run.diverged or "not finite"
     elif line.startswith(("error", "warning: ")):
         run.messages.append(line[:300])
-        if line.startswith("error") and re.search(r"not finite|diverged|train_loss (nan|inf)", line):
+        if "has no sound checkpoint: it starts from the beginning" in line:
+            go_back(run, 0)
+        if line.startswith("error") and re.search(r"not finite|diverged|(loss|norm) -?(nan|inf)", line):
             run.diverged = run.diverged or line.split(": ", 1)[-1][:120]
 
 
@@ -325,7 +345,7 @@ READERS: tuple[tuple[tuple[str, ...], Callable[[Run, str, dict[str, str]], None]
     (("artifact ",), read_artifact),
     (("Total submission size", "Serialized model", "Code size"), read_old_size),
     (("config ", "run id:", "runtime ", "data path:"), read_about),
-    (("swa", "training stopped:", "stopping_early:", "error", "warning: "), read_event),
+    (("swa", "resume ", "training stopped:", "stopping_early:", "error", "warning: "), read_event),
 )
 
 
@@ -374,6 +394,8 @@ def read_log(path: Path) -> Run:
         reader(run, line, pairs)
     if run.step or (run.scores and run.own):
         return run
+    if run.settings.get("dry_run"):
+        raise LogError("a dry run: the plan of a run")
     if run.own or run.dataset or run.diverged:
         raise LogError(
             f"truncated or stopped at once: no training step in it{': ' if run.diverged else ''}{run.diverged}"
@@ -537,7 +559,7 @@ def run_row(run: Run, letter: str) -> list[str]:
     return [
         run.name, letter, shown(run.seed), steps, shown(run.ms_per_step, ".2f"),
         shown(floats.bpb if floats else None, ".5f"), f"{final.bpb:.5f}", shown(run.gap, "+.5f"),
-        shown(size, ",d"), shown(None if size is None else LIMIT_BYTES - size, ",d"),
+        shown(size, ",d"), shown(None if size is None else (run.limit or LIMIT_BYTES) - size, ",d"),
         shown(None if run.train_ms is None else run.train_ms / 1000, ".1f"), shown(final.seconds, ".1f"), final.mode,
     ]  # fmt: skip
 
@@ -896,8 +918,8 @@ def draw_bar(axes: Any, row: int, run: Run, widest: float, named: set[str]) -> N
             axes.text((left + size / 2) / 1e6, row, f"{size / total:.0%}", ha="center", va="center", color="white",
                       fontsize=8.5, fontweight="bold")  # fmt: skip
         left += size
-    room = LIMIT_BYTES - total
-    text = f"{total:,} bytes, {abs(room):,} {'below' if room >= 0 else 'OVER'} the limit"
+    room = (limit := run.limit or LIMIT_BYTES) - total
+    text = f"{total:,} bytes, {abs(room):,} {'below' if room >= 0 else 'OVER'} the limit of {limit:,}"
     axes.text(0, row - 0.29, text, ha="left", va="bottom", fontsize=8.5)
 
 

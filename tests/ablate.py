@@ -48,7 +48,7 @@ ORDER = [(r, "small", s) for s in (42, 43, 44) for r in PAIR] + [("noqat", "smal
 ORDER += [(r, p, s) for s in (42, 43) for p in ("long", "large") for r in PAIR]
 ORDER += [("noqat", "long", 42), ("noqat", "long", 43), ("noqat", "small", 43), ("noqat", "small", 44)]
 ORDER += [(r, "small", 42) for r in RECIPES if r not in (*PAIR, "noqat")]
-KEYS = r"(\w+):([-+.\w]+)"
+KEYS = r"(\w+):([-+.,\w]+)"
 
 
 def short_split(source: Path, folder: Path, tokens: int) -> None:
@@ -91,9 +91,10 @@ def one_run(recipe: str, proxy: str, seed: int, args: argparse.Namespace) -> dic
     return {
         "recipe": recipe, "proxy": proxy, "seed": seed, "params": int(last("model params")["params"]),
         "final_bpb": float(last("final_sliding")["val_bpb"]), "float_bpb": float(last("float_sliding")["val_bpb"]),
-        "model_bytes": int(artifact["model_bytes"]), "bits": re.search(r"bits:(\S+)", done.stdout)[1],  # type: ignore[index]
+        "model_bytes": int(artifact["model_bytes"]), "bits": artifact["bits"],
         "step_ms": total / (PROXIES[proxy]["ITERATIONS"] - 100),
-        "weights": last("export weights")["weights"], "settings": {k: v for k, v in settings.items() if "PATH" not in k},
+        "weights": last("export weights")["weights"], "rounding": last("export weights")["rounding"],
+        "settings": {k: v for k, v in settings.items() if "PATH" not in k},
     }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "qat_start_frac": 0.5,
     "swa_every": 2,
     "artifact_limit_bytes": (ROOT / "train_gpt.py").stat().st_size + 45000,
+    "calibration_tokens": 512,
     "eval_stride": 1,
     "eval_batch_seqs": 4,
 }

@@ -284,7 +284,7 @@ def test_signal_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     process.send_signal(number)
     out += rest(process)
     assert process.returncode == 128 + number, out
-    found = re.search(r"stopped by a signal after step (\d+); RESUME=1 RUN_ID=x with the same settings", out)
+    found = re.search(r"stopped by a signal after step (\d+); RESUME=1 RUN_ID=x", out)
     assert found and "Traceback" not in out, out
     assert f"step:{found[1]}/100000 " in out and names(tmp_path, "*.ckpt") == [f"x.{int(found[1]):09d}.ckpt"]
     with pytest.MonkeyPatch.context() as patch:
@@ -299,7 +299,7 @@ def test_signal_without_checkpoints(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         do_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         done = cli(tmp_path, PLAIN, checkpoint_every=0)
-    assert done.code == 143 and "CHECKPOINT_EVERY was 0: nothing to resume from" in done.err
+    assert done.code == 143 and "after step 3; CHECKPOINT_EVERY" in done.err and "RESUME" not in done.err
     assert names(tmp_path) == ["x.txt"]
 
 
@@ -490,7 +490,8 @@ def test_a_restart_does_not_take_over_another_run(
     for name, value in restart.items():
         monkeypatch.setenv(name, value)
     done = cli(tmp_path, FULL, seed=7)
-    assert done.code == 2 and "EXPORT_FROM=logs/x.weights, or choose another RUN_ID" in done.err, done
+    assert done.code == 2, done
+    assert all(part in done.err for part in ("logs/x.weights", "EXPORT_FROM", "another RUN_ID")), done.err
     assert (tmp_path / "logs/x.ptz").read_bytes() == before and not values(done.out, "train_loss")
 
 
@@ -569,7 +570,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rf"model params:{n} .*mlp:{n}",
         rf"data path:\S+ val_shards:1 val_tokens:{n} val_targets:{n}",
         rf".*tokens:1024\b.* micro_batch_tokens:128 micro_steps:1 step_tflop_per_rank:{n}",
-        rf"plan memory_bytes_per_rank weights:{n} gradients:{n} optimizer:{n} swa:{n} activations:{n} logits:{n} ",
+        rf"plan rank_memory_bytes all:{n} weights:{n} gradients:{n} optimizer:{n} swa:{n} activations:{n} logits:{n}",
         rf"plan artifact_bytes .*mlp:{n}.* all:{n} limit:16000000",
         rf"plan iterations:6 .*steps_that_fit:1980 warmdown:4.*windows:{n}",
         r".*\branks:8\b",
@@ -580,7 +581,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli(tmp_path, PLAIN, dry_run=1).code == 0  # again, and with one more rank than divides
     monkeypatch.setenv("WORLD_SIZE", "7")
     done = cli(tmp_path, PLAIN, dry_run=1)
-    assert done.code == 2 and "7 ranks do not divide TRAIN_BATCH_TOKENS=256" in done.err
+    assert done.code == 2 and "7 ranks do not divide" in done.err
     assert "use one of 1, 2, 4, 8 ranks" in done.err
 
 
@@ -644,14 +645,14 @@ def settings(**changes: Any) -> Damage:
 
 INPUT_ERRORS: list[tuple[Damage, list[str]]] = [
     (settings(data_path="nowhere"), ["no shards match nowhere", "cached_challenge_fineweb.py", "DEMO=1"]),
-    (overwritten("train", 0, b"\1\2"), ["fineweb_train_000000.bin is no token shard (magic", "version 1", "20240520"]),
+    (overwritten("train", 0, b"\1\2"), ["fineweb_train_000000.bin is no token shard (magic", "version 1"]),
     (overwritten("val", 4, b"\7"), ["fineweb_val_000000.bin is no token shard", "version 7"]),
     (resized("train", 7), ["fineweb_train_000000.bin is truncated: 5017 bytes, 2000 tokens need 5024"]),
-    (resized("val", 2020), ["fineweb_val_000000.bin is no token shard (magic 20240520, version 0, 4 bytes"]),
+    (resized("val", 2020), ["fineweb_val_000000.bin is no token shard (magic 20240520, version 0"]),
     (resized("val", 0, b"more"), ["fineweb_val_000000.bin is longer than its header says"]),
     (overwritten("val", 1024 + 500, b"\xff\xff"), ["val_000000.bin, from token 0: token id 65535", "VOCAB_SIZE=320"]),
     (overwritten("train", 1024 + 2, b"\x40\1"), ["train_000000.bin, from token 0: token id 320 is beyond VOCAB_SIZE"]),
-    (short_split, ["has 20 tokens, one window needs TRAIN_SEQ_LEN + 1 = 33", "lower TRAIN_SEQ_LEN"]),
+    (short_split, ["has 20 ", "TRAIN_SEQ_LEN + 1", "add text"]),
     (settings(tokenizer_path="nowhere"), ["no tokenizer at TOKENIZER_PATH=nowhere"]),
     (foreign_tokenizer, ["foreign.model is not a SentencePiece model"]),
     (settings(vocab_size=400), ["tokenizer.model has 320 pieces, VOCAB_SIZE is 400"]),
@@ -681,7 +682,7 @@ def test_ranks_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     done = cli(tmp_path, PLAIN)
-    assert done.code == 2 and "error: 3 ranks do not divide TRAIN_BATCH_TOKENS=256" in done.err
+    assert done.code == 2 and "error: 3 ranks do not divide" in done.err and "use one of 1, 2, 4, 8 ranks" in done.err
 
 
 def test_token_in_mid_shard(tmp_path: Path) -> None:
@@ -708,8 +709,8 @@ def test_bad_artifacts(whole: tuple[Path, str], tmp_path: Path) -> None:
     content = (whole[0] / "logs/x.ptz").read_bytes()
     flipped = bytearray(content)
     flipped[len(flipped) // 2] ^= 4
-    files = {"cut": content[:-9], "flipped": bytes(flipped), "foreign": b"PK\3\4zip", "format": content[:4] + b"\7\0\0\0rest",
-             "sound": content}
+    files = {"cut": content[:-9], "flipped": bytes(flipped), "foreign": b"PK\3\4zip",
+             "format": content[:4] + b"\7\0\0\0rest", "sound": content}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     shutil.copytree(corpus(), tmp_path / "data")
@@ -721,7 +722,7 @@ def test_bad_artifacts(whole: tuple[Path, str], tmp_path: Path) -> None:
         done = cli(tmp_path, FULL, eval_artifact=name, run_id=f"r{i}")
         assert done.code == 2 and part in done.err and done.err.startswith("error: "), done
     done = cli(tmp_path, FULL, eval_artifact="sound", run_id="r", tokenizer_path="other.model")
-    assert done.code == 2 and "sound was trained with another tokenizer: set TOKENIZER_PATH" in done.err, done
+    assert done.code == 2 and "sound " in done.err and "sha256" in done.err and "set TOKENIZER_PATH" in done.err, done
 
 
 def test_forged_artifact_config(whole: tuple[Path, str], tmp_path: Path) -> None:
@@ -752,7 +753,7 @@ def test_divergence(tmp_path: Path) -> None:
 
         patch.setattr(t.Optimizers, "step", poisoned)
         done = cli(tmp_path, PLAIN)
-    assert done.code == 4 and "step 4: train_loss" in done.err and "gradient norm inf" in done.err, done
+    assert done.code == 4 and "step 4: " in done.err and "gradient norm inf" in done.err, done
     losses = values(done.out, "train_loss")
     assert all(f"{loss:.4f}" in done.err for loss in losses) and len(losses) == 3
     assert "Try a lower MATRIX_LR" in done.err and "logs/x.000000003.ckpt" in done.err
@@ -764,7 +765,7 @@ def test_cap_that_is_too_short_is_warned_about(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         do_at(patch, 5, kill)
         done = cli(tmp_path, PLAIN, max_wallclock_seconds=60, iterations=10**9, warmdown_iters=10**8)
-    assert re.search(r"warning: about \d+ steps fit MAX_WALLCLOCK_SECONDS, fewer than WARMDOWN_ITERS=", done.out), done
+    assert re.search(r"warning: about \d+ steps fit.*, fewer than WARMDOWN_ITERS", done.out), done
 
 
 def test_ownership() -> None:

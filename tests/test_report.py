@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "logs"))
 import report  # noqa: E402
 
 BYTES_PER_TOKEN = 2.4  # of the made-up text: bpb = loss / ln 2 / 2.4
-H100 = "world_size:8 device:cuda name:NVIDIA H100 80GB HBM3 threads:8 compute_dtype:bfloat16 compile:1 attention:fa3"
+H100 = "world_size:8 device:cuda name:NVIDIA H100 80GB HBM3 threads:8 compute_dtype:bfloat16 compile:1 attention:flash3"
 
 
 def bpb(loss: float) -> float:
@@ -31,32 +31,58 @@ def own_log(seed: int, loss: float, **changes: Any) -> str:
     facts = {"total_bytes": 15_900_000, "train_ms": 599_000, "eval_ms": 71_000, "val_targets": 62_021_632} | changes
     total, train_ms, eval_ms, targets = (facts.pop(k) for k in ("total_bytes", "train_ms", "eval_ms", "val_targets"))
     config = {"data_path": "/data/fineweb10B_sp1024", "text_files": "", "demo": False, "run_id": f"r{seed}"}
-    config |= {"seed": seed, "train_batch_tokens": 1000, "matrix_lr": 0.02, "eval_artifact": ""} | facts
+    config |= {"seed": seed, "train_batch_tokens": 1000, "matrix_lr": 0.02, "eval_artifact": ""}
+    config |= {"resume": False} | facts
     lines = ['"""A script."""', 'log(f"step:{step}/9 train_loss:1")', "step:7/9 train_loss:1 in a string", "=" * 100]
     lines += [
         f"run id:r{seed} python:3.12.3 torch:2.9.1 numpy:2.4.6",
         f"runtime {H100}",
         "config " + json.dumps(config),
     ]
-    lines += [f"data path:{config['data_path']} val_shards:1 val_tokens:{targets + 1} val_targets:{targets}"]
+    lines += [
+        "config overrides: none",
+        f"data path:{config['data_path']} val_shards:1 val_tokens:{targets + 1} val_targets:{targets}",
+        "data train_shards:80 train_tokens:8000000000",
+        f"model params:10 seed:{seed} small:0 embed:5 mlp:5",
+        "batch tokens:1000 ranks:8 micro_batch_tokens:125 micro_steps:1 step_tflop_per_rank:20.5",
+        "warm_up steps:20 time:31.2s (undone)",
+        "start_up time:40000ms",
+    ]
+    train_ms = train_ms - 1000  # the rest is the choice of weights
     for step in (1, 50, 80, 100):
-        time = f"train_time:{train_ms * step / 100:.0f}ms step_avg:{train_ms / 100:.2f}ms"
-        if step == 80:
-            lines += ["swa snapshot:1 step:80 lr_scale:0.3", "swa snapshot:2 step:90 lr_scale:0.2"]
+        done = train_ms * step / 100
+        time = f"train_time:{done:.0f}ms step_avg:{train_ms / 100:.2f}ms"
         lines.append(
-            f"step:{step}/100 train_loss:{loss + 1 / step:.8f} lr_scale:0.5 {time} tokens_per_s:9 tflops:3 eta:1s"
+            f"step:{step}/100 train_loss:{loss + 1 / step:.8f} lr_scale:0.5000 grad_norm:0.3 {time} "
+            "tokens_per_s:9 eta:1s rank_tflops:3"
         )
+        if step == 80:
+            lines += ["swa snapshot:1 step:70 lr_scale:0.3", "plan step:75 bits:mlp4,attn5,attn6,embed7 time:2.1s"]
+            lines += ["qat active:1 step:75 bits:mlp4", f"checkpoint path:logs/r{seed}.000000080.ckpt time:90ms"]
+            lines += ["swa snapshot:1 step:80 lr_scale:0.2", "swa snapshot:2 step:90 lr_scale:0.1"]
+        if step == 100:
+            lines.append("export weights:swa rounding:feedback snapshots:2 last_nearest_loss:1.95 swa_nearest_loss:1.9")
+            time = f"train_time:{train_ms + 1000:.0f}ms step_avg:{(train_ms + 1000) / 100:.2f}ms"
         if step > 1:
             at = loss + 1 / step
-            lines.append(f"step:{step}/100 val_loss:{at:.8f} val_bpb:{bpb(at):.8f} mode:banded {time}")
+            lines.append("validation done:50.0% eta:3s")
+            lines.append(f"step:{step}/100 val_loss:{at:.8f} val_bpb:{bpb(at):.8f} {time} mode:banded")
     floats = loss - 0.01
     return "\n".join(lines + [
-        f"training stopped:iterations step:100 train_time:{train_ms}ms peak_memory_bytes:1",
-        f"float_sliding stride:64 val_loss:{floats:.8f} val_bpb:{bpb(floats):.8f}",
+        f"training stopped:iterations step:100 train_time:{train_ms + 1000}ms peak_memory_bytes:1",
+        f"weights path:logs/r{seed}.weights (EXPORT_FROM=logs/r{seed}.weights exports them again)",
+        f"float_sliding stride:64 val_loss:{floats:.8f} val_bpb:{bpb(floats):.8f} eval_time:9ms tokens_per_s:9",
+        "artifact round:0 artifact_bytes:16400000 time:30000ms",
+        f"artifact round:1 artifact_bytes:{total} time:60000ms",
+        "quant tensor:blocks.0.mlp.up_proj.weight bits:4 step:0.5 bytes:1000 bits_per_weight:3.5",
         "artifact category:mlp params:5 raw_bytes:9000000 order0_entropy_bytes:8000000",
         "artifact category:embed params:5 raw_bytes:2000000 order0_entropy_bytes:2000000",
-        f"artifact bits:mlp4 model_bytes:{total - 90000} code_bytes:90000 artifact_bytes:{total} limit:16000000",
-        f"final_sliding stride:64 val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f} eval_time:{eval_ms}ms",
+        f"artifact bits:mlp4,attn5 codec:zstd-22 model_bytes:{total - 90000} code_bytes:90000 artifact_bytes:{total} "
+        "limit:16000000",
+        f"artifact path:logs/r{seed}.ptz headroom_bytes:{16_000_000 - total} export_time:60001ms",
+        f"artifact loaded:logs/r{seed}.ptz tensors:2 bits:mlp4,attn5",
+        "final_sliding done:50.0% eta:30s",
+        f"final_sliding stride:64 val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f} eval_time:{eval_ms}ms tokens_per_s:9",
         f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f}",
     ]) + "\n"  # fmt: skip
 
@@ -111,12 +137,44 @@ def test_own_format(tmp_path: Path) -> None:
     (path,) = write(tmp_path, one=own_log(7, 1.9))
     found = report.read_log(Path(path))
     assert report.run_row(found, "A") == [
-        "one", "A", "7", "100/100", "5990.00", f"{bpb(1.89):.5f}", f"{bpb(1.9):.5f}", f"{bpb(0.01):+.5f}", "15,900,000",
+        "one", "A", "7", "100/100", "5980.00", f"{bpb(1.89):.5f}", f"{bpb(1.9):.5f}", f"{bpb(0.01):+.5f}", "15,900,000",
         "100,000", "599.0", "71.0", "sliding 64",
     ]  # fmt: skip
     assert found.final and found.final.loss == 1.9 and found.swa_start == 80 and found.dataset == "fineweb10B_sp1024"
     assert found.versions == {"python": "3.12.3", "torch": "2.9.1", "numpy": "2.4.6"}
     assert found.runtime["name"] == "NVIDIA H100 80GB HBM3" and sorted(found.losses) == [1, 50, 80, 100]
+
+
+def resumed_log(seed: int, loss: float) -> str:
+    """Two starts in one file: the first got to step 95, with losses of its own, its checkpoint to 80."""
+    text = own_log(seed, loss)
+    head, tail = text.split("=" * 100 + "\n")
+    cut, again = text.index("step:100/100 train"), tail.index("swa snapshot:1 step:80")
+    lost = "step:90/100 train_loss:9.90000000 lr_scale:0.1 train_time:700000ms step_avg:7000.00ms\n"
+    lost += "step:95/100 train_loss:nan lr_scale:0.1 train_time:800000ms step_avg:7000.00ms\n"
+    start = tail[: tail.index("step:")].replace('"resume": false', '"resume": true')
+    start += f"resume checkpoint:logs/r{seed}.000000080.ckpt step:80 train_time:478400ms\n"
+    return text[:cut] + lost + start + tail[again:]
+
+
+def test_resumed(tmp_path: Path) -> None:
+    """One curve and one run: what the first start did after its checkpoint does not count. It has its config."""
+    paths = write(tmp_path, whole=own_log(7, 1.9), resumed=resumed_log(7, 1.91), other=own_log(8, 1.9))
+    whole, found, other = (report.read_log(Path(path)) for path in paths)
+    assert not found.problem() and found.final and found.final.loss == 1.91 and found.gap is not None
+    assert found.times == whole.times and found.swa_start == 80 and report.run_row(found, "A")[4] == "5980.00"
+    assert sorted(found.losses) == [1, 50, 80, 100] and 9.9 not in found.losses.values()
+    assert len(report.group_runs([found, other], [])) == 1
+    for cut in ("step:100/100 train", "training stopped", "artifact bits", "final_int8"):  # cut and resumed at the end
+        text = own_log(7, 1.9)
+        first = text[: text.index(cut)] + "resume checkpoint:logs/r7.000000080.ckpt step:80 train_time:478400ms\n"
+        paths = write(tmp_path, cut=first + text[text.index("swa snapshot:1 step:80") :], half=first)
+        assert report.run_row(report.read_log(Path(paths[0])), "A")[1:] == report.run_row(whole, "A")[1:]
+        assert "unfinished: the log ends at step 80 of 100" in report.read_log(Path(paths[1])).problem()
+    none = own_log(7, 1.9)
+    begin = none.index("step:1/100 train")
+    again = none + "warning: RUN_ID=r7 has no sound checkpoint: it starts from the beginning\n" + none[begin:]
+    assert report.read_log(Path(write(tmp_path, none=again)[0])).times == whole.times
 
 
 def test_own_format_of_the_script(tmp_path: Path) -> None:
@@ -276,7 +334,7 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def skipped_files(folder: Path) -> dict[str, tuple[str, str]]:
     """Files that do not count: name -> (content, what is said of it)."""
-    log, error = own_log(7, 1.9), "error: step 81: train_loss nan, gradient norm 1\n"
+    log, error = own_log(7, 1.9), "error: step 81: loss nan, gradient norm 1; last losses []\n"
     midnumber = old_log(2, 1.9).split("final_int8")[0] + "final_int8_zlib_roundtrip val_loss:1.9 val_bpb:1.1"
     again = re.sub(r"step:.*\n", "", log).replace('"eval_artifact": ""', '"eval_artifact": "logs/x.ptz"')
     diverged = old_log(3, 1.9).split("step:6500")[0] + "step:1200/20000 train_loss:nan train_time:1ms step_avg:1.00ms\n"
@@ -288,9 +346,10 @@ def skipped_files(folder: Path) -> dict[str, tuple[str, str]]:
         "nostep": (log[: log.index("step:1/100 train")], "truncated or stopped at once: no training step"),
         "half": (log[: log.index("step:100/100 val")], "unfinished: the log ends at step 100 of 100, in training"),
         "unscored": (log[: log.index("final_sliding")], "unfinished: the log ends at step 100 of 100, before the"),
+        "plan": (log[: log.index("step:1/100")].replace('"demo"', '"dry_run": true, "demo"'), "a dry run: the plan"),
         "midnumber": (midnumber, "unfinished: the log ends at step 6500 of 20000, before the final score"),
         "diverged": (diverged, "diverged at step 1200 of 20000: a loss of nan"),
-        "stopped": (log[: log.index("step:80/100 val")] + error, "diverged at step 80 of 100: step 81: train_loss nan"),
+        "stopped": (log[: log.index("step:80/100 val")] + error, "diverged at step 80 of 100: step 81: loss nan"),
         "again": (again.replace("training stopped:iterations ", ""), "no training in it: an evaluation of logs/x.ptz"),
     }  # fmt: skip
 
@@ -300,7 +359,7 @@ def test_files_that_do_not_count(tmp_path: Path) -> None:
     files = skipped_files(tmp_path)
     paths = write(tmp_path / "odd", **{name: text for name, (text, _) in files.items()})
     alone = command(*paths, str(tmp_path / "missing.txt"))
-    assert alone.returncode == 1 and not alone.stdout and "error: no complete run in 12 files" in alone.stderr
+    assert alone.returncode == 1 and not alone.stdout and "error: no complete run in 13 files" in alone.stderr
     good = write(tmp_path, good=own_log(1, 1.9), copy=own_log(1, 1.9))
     beside = command(*good, *paths, "--figure", str(tmp_path / "figure.svg"))
     assert beside.returncode == 0 and cells(beside.stdout, "good")[1] == "A", beside.stderr

@@ -183,5 +183,5 @@ def test_short_validation_split(tmp_path: Path) -> None:
     """Less than one window is an error that names both lengths."""
     for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin"):
         shard(tmp_path / name, tokens=20)
-    with pytest.raises(ValueError, match="20 tokens, one window needs"):
+    with pytest.raises(ValueError, match="20 validation tokens, a window of TRAIN_SEQ_LEN needs 33"):
         t.open_data(config(data_path=tmp_path), runtime())
