@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Train, quantize, compress and score a language model in 16,000,000 bytes: one file for the Parameter Golf challenge.
-"11L Int4 MLP QAT + BigramHash(10240) + SWA": a U-Net-skip transformer of 27,878,489 parameters whose MLP weights train
-under int4 straight-through fake quantization, are averaged over the warmdown, stored as int4/int5 codes in one zstd-22
-frame, read back from that file and scored in bits per byte. The last log line always scores the file on disk.
+"11L Int4 MLP QAT + BigramHash(10240) + SWA": a U-Net-skip transformer of 27,878,489 parameters whose MLP weights end
+their training under straight-through fake quantization (from int4 up: the grids that fill the file best). The last or
+the averaged weights are stored in one zstd-22 frame, read back and scored: the last log line is about the file on disk.
     DEMO=1 python train_gpt.py                              a laptop: no download, a few minutes on 2 CPU cores
     torchrun --standalone --nproc_per_node=8 train_gpt.py   the challenge: 8xH100, FineWeb shards at DATA_PATH
     EVAL_ARTIFACT=logs/RUN.ptz python train_gpt.py          score an artifact again, without training
@@ -32,8 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 LIMITS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "least": (operator.ge, "at least"), "most": (operator.le, "at most"), "above": (operator.gt, "above"),
     "below": (operator.lt, "below"), "choices": (lambda value, bound: value in bound, "one of")}
-def knob(default: Any, meaning: str, **limits: Any) -> Any:
-    """A config field with its meaning (the README's table is made from these) and its `LIMITS`."""
+def knob(default: Any, meaning: str, **limits: Any) -> Any:  # a field, its meaning (for the README), its `LIMITS`
     return field(default=default, metadata={"meaning": meaning, "limits": limits})
 @dataclass(frozen=True)
 class Config:
@@ -43,7 +41,7 @@ class Config:
     text_files: str = knob("", "glob of UTF-8 text files: build shards and tokenizer from them instead")
     demo: bool = knob(False, "1: train on the documentation that Python, NumPy and PyTorch ship, at CPU sizes")
     recipe: str = knob("", "named set of settings: pr314 (the literal design of pull request 314) or empty")
-    run_id: str = knob("", "name of the log and artifact in logs/ (default: date, time and a random suffix)")
+    run_id: str = knob("", "name of log and artifact in logs/ (default: date, time and a random suffix)")
     dry_run: bool = knob(False, "1: check everything, print the plan of the run for WORLD_SIZE ranks and stop")
     plan_step_ms: float = knob(0.0, "DRY_RUN: expected ms per step, to tell how many fit (0 = unknown)", least=0)
     plan_memory_gb: float = knob(80.0, "DRY_RUN: memory of a rank's device, where there is none to ask", above=0)
@@ -65,7 +63,7 @@ class Config:
     eval_mode: str = knob("sliding", "final score by windows or in one pass", choices=("sliding", "banded"))
     eval_stride: int = knob(64, "stride of the final sliding window (0 = plain windows)", least=0)
     eval_batch_seqs: int = knob(32, "windows per batch and rank in the final evaluation", least=1)
-    eval_float: bool = knob(False, "1: score the averaged float weights before export too (shows the quantization gap)")
+    eval_float: bool = knob(False, "1: score the float weights that are exported, too (shows the quantization gap)")
     num_layers: int = knob(11, "transformer blocks", least=1)
     model_dim: int = knob(512, "width of the residual stream", least=1)
     num_heads: int = knob(8, "query heads", least=1)
@@ -106,9 +104,9 @@ class Config:
     rate_control: bool = knob(True, "1: choose every matrix's grid so that the limit is filled; the bits are the start")
     calibration_tokens: int = knob(65536, "training tokens that the plan and the choice of weights look at", least=1)
     calibration_reserve: float = knob(0.01, "share of the cap kept for the choice of weights", least=0, below=1)
-    mlp_bits: int = knob(4, "bits of the MLP weights, in training and stored", least=2, most=8)
-    attn_bits: int = knob(5, "bits of the stored attention weights", least=2, most=8)
-    bigram_bits: int = knob(5, "bits of the stored bigram table and projection", least=2, most=8)
+    mlp_bits: int = knob(4, "bits of the MLP weights (RATE_CONTROL: the start)", least=2, most=8)
+    attn_bits: int = knob(5, "bits of the attention weights (RATE_CONTROL: the start)", least=2, most=8)
+    bigram_bits: int = knob(5, "bits of the bigram table and projection (RATE_CONTROL: the start)", least=2, most=8)
     mlp_prune_frac: float = knob(0.0, "share of smallest MLP weights set to zero before export", least=0, below=1)
     prune_frac: float = knob(0.0, "the same for other matrices of over 65,536 elements", least=0, below=1)
     artifact_limit_bytes: int = knob(16_000_000, "limit for code plus model, decimal bytes", least=1)
@@ -523,8 +521,7 @@ def round_with_feedback(weight: Tensor, scale: Tensor, spec: QuantSpec, hessian:
     return codes[:, order.argsort()]
 def fake_quantize_per_row(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:  # what export and load give
     return dequantize_per_row(round_to_grid(weight, scale, spec), scale)
-def prune_smallest(weight: Tensor, frac: float) -> Tensor:
-    """`weight` with its share `frac` of smallest magnitudes set to zero."""
+def prune_smallest(weight: Tensor, frac: float) -> Tensor:  # its share `frac` of smallest magnitudes set to zero
     count = int(frac * weight.numel())
     return weight * (weight.abs() > weight.abs().flatten().kthvalue(count).values) if count else weight
 def quantize_state(state: Mapping[str, Tensor], plan: QuantPlan, cfg: Config, log: Log,
@@ -555,8 +552,7 @@ def quantize_state(state: Mapping[str, Tensor], plan: QuantPlan, cfg: Config, lo
     return stored
 def dequantize_state(stored: StoredState) -> dict[str, Tensor]:  # fp32 weights, as they are loaded
     return {name: dequantize_per_row(*parts) if len(parts) == 2 else parts[0].float() for name, parts in stored.items()}
-def order0_bytes(codes: Tensor) -> float:
-    """Size of integer codes under an ideal order-0 entropy coder, bytes."""
+def order0_bytes(codes: Tensor) -> float:  # size of integer codes under an ideal order-0 entropy coder, bytes
     counts = torch.bincount(codes.flatten().int() + 128).double()
     return float(torch.xlogy(counts, counts.sum() / counts.clamp(min=1)).sum()) / (8 * math.log(2))
 RateTable = dict[str, list[tuple[float, float, QuantSpec | None]]]  # of each parameter: (bytes, expected loss, grid)
@@ -640,7 +636,7 @@ def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """What `attend` computes, chunk of queries by chunk: faster than PyTorch's kernel on a CPU (tests/bench.py)."""
     (batch, span, heads, dim), (_, length, kv_heads, _) = q.shape, k.shape
     q = (q * dim**-0.5).view(batch, span, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)  # (B, KV, H / KV, S, D)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()  # or every chunk would copy its part
     outs: list[Tensor] = []
     for part in q.split(ATTENTION_CHUNK, dim=3):
         rows, end = part.size(3), length - span + len(outs) * ATTENTION_CHUNK + part.size(3)
@@ -784,7 +780,7 @@ def activation_bytes(cfg: Config, rt: Runtime) -> float:
     size, dim, kv = rt.compute_dtype.itemsize, cfg.model_dim, cfg.model_dim * cfg.num_kv_heads // cfg.num_heads
     block = (12 + 8 * size + 3 * size * cfg.mlp_mult) * dim + (4 + 2 * size) * kv + 9 * cfg.num_heads
     if rt.attention == "chunks":  # scores of every query with the keys of its chunk
-        block += size * (cfg.train_seq_len + ATTENTION_CHUNK) // 2 * (cfg.num_heads + 2 * kv // ATTENTION_CHUNK)
+        block += size * cfg.num_heads * (cfg.train_seq_len + min(ATTENTION_CHUNK, cfg.train_seq_len)) // 2
     exclusive = min(cfg.xsa_layers, cfg.num_layers) * size * (dim + kv)
     return cfg.num_layers * block + exclusive + (8 + 5 * size) * dim + 8 * cfg.vocab_size
 # ---- 6 Optimizers ----------------------------------------------------------------------------------------------------
@@ -980,6 +976,18 @@ ARTIFACT_HEAD = b"PGPT" + struct.pack("<I", 1)  # magic and format version
 ZSTD_LEVEL, MAX_PAYLOAD_BYTES = 22, 1 << 27
 STREAMS = ("int4", "int5", "int6", "int7", "int8", "scale", "fp16")  # int4: codes of 2 to 4 bits, two to a byte
 EXPORT_ROUNDS, FULL_ENOUGH, AIM = 5, 0.996, 0.998  # compressions at most; shares of the limit: done, and aimed at
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write, fsync, rename: `path` is the old file or the whole new one. Raises OSError when the disk is full."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error: raise OSError(f"{path} was not written ({error}): make room") from None
+    finally:
+        scratch.unlink(missing_ok=True)
 def pack_nibbles(codes: Tensor) -> bytes:
     """Codes of at most 4 bits (N,), two to a byte, low nibble first; an odd end is filled with 0."""
     flat = F.pad(codes.flatten(), (0, codes.numel() % 2)).numpy().view(np.uint8) & 15
@@ -1120,18 +1128,6 @@ def export(trained: Trained, cfg: Config, log: Log, tokenizer: str) -> tuple[Pat
             "scored, but no valid entry: set RATE_CONTROL=1, or lower ATTN_BITS, BIGRAM_BITS or BIGRAM_VOCAB_SIZE")
     return path, total <= limit
 # ---- 10 Files that are written whole or not at all -------------------------------------------------------------------
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, fsync, rename: `path` is the old file or the whole new one. Raises OSError when the disk is full."""
-    scratch = path.with_name(f"{path.name}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError as error: raise OSError(f"{path} was not written ({error}): make room") from None
-    finally:
-        scratch.unlink(missing_ok=True)
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """Store tensors and plain values behind a sha256 of the rest of the file."""
     buffer = io.BytesIO()
@@ -1381,7 +1377,7 @@ class Trainer:
             if cfg.checkpoint_every and (ends or metrics[2] or self.elapsed - self.saved_at >= cfg.checkpoint_every):
                 self.save()
             if metrics[2] and (cfg.checkpoint_every or not ends):
-                how = f"RESUME=1 RUN_ID={cfg.run_id} goes on" if cfg.checkpoint_every else "set CHECKPOINT_EVERY"
+                how = f"RESUME=1 RUN_ID={cfg.run_id} goes on" if cfg.checkpoint_every else "CHECKPOINT_EVERY is 0"
                 raise RunEnded(f"stopped by a signal after step {self.step}; {how}", 128 + (self.stop_signal or 15))
         for number, handler in zip(STOP_SIGNALS, handlers, strict=True): signal.signal(number, handler)
         trained, took = self.choose_weights(), time.perf_counter() - self.clock_zero
@@ -1418,7 +1414,11 @@ def train(cfg: Config, data: Data, rt: Runtime, started: float) -> Trained:
     trainer.warm_up()
     if cfg.resume and (state := rt.from_rank_0(lambda: newest_checkpoint(cfg, rt.log))): trainer.restore(state)
     rt.log(f"start_up time:{1000 * (time.monotonic() - started):.0f}ms")
-    trained, path = trainer.run(), Path("logs") / f"{cfg.run_id}.weights"
+    path = Path("logs", f"{cfg.run_id}.weights")
+    try: trained = trainer.run()
+    except RunEnded as error:
+        rt.logger.debug("error: %s", error.args[0])  # for the file; the console gets it from `command_line`
+        raise
     if rt.rank == 0:
         save_tensors(path, trained)
         rt.log(f"weights path:{path} (EXPORT_FROM={path} exports them again)")
@@ -1475,7 +1475,7 @@ def main() -> int:
     trained = trained or train(cfg, data, rt, started)
     path, fits = rt.from_rank_0(lambda: export(trained, cfg, rt.log, data.tokenizer_sha256))
     stored_model = load_artifact(path, cfg, rt, data.tokenizer_sha256)
-    if cfg.demo: log_xz(data, rt.log)
+    if cfg.demo and rt.rank == 0: log_xz(data, rt.log)
     Evaluator(data, cfg, rt).report(stored_model, "final")
     return 0 if fits else 3
 def command_line() -> int:

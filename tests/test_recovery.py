@@ -652,7 +652,7 @@ INPUT_ERRORS: list[tuple[Damage, list[str]]] = [
     (resized("val", 0, b"more"), ["fineweb_val_000000.bin is longer than its header says"]),
     (overwritten("val", 1024 + 500, b"\xff\xff"), ["val_000000.bin, from token 0: token id 65535", "VOCAB_SIZE=320"]),
     (overwritten("train", 1024 + 2, b"\x40\1"), ["train_000000.bin, from token 0: token id 320 is beyond VOCAB_SIZE"]),
-    (short_split, ["has 20 ", "TRAIN_SEQ_LEN + 1", "add text"]),
+    (short_split, ["has 20 ", "a window of TRAIN_SEQ_LEN needs 33", "add text"]),
     (settings(tokenizer_path="nowhere"), ["no tokenizer at TOKENIZER_PATH=nowhere"]),
     (foreign_tokenizer, ["foreign.model is not a SentencePiece model"]),
     (settings(vocab_size=400), ["tokenizer.model has 320 pieces, VOCAB_SIZE is 400"]),
@@ -765,7 +765,7 @@ def test_cap_that_is_too_short_is_warned_about(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         do_at(patch, 5, kill)
         done = cli(tmp_path, PLAIN, max_wallclock_seconds=60, iterations=10**9, warmdown_iters=10**8)
-    assert re.search(r"warning: about \d+ steps fit.*, fewer than WARMDOWN_ITERS", done.out), done
+    assert re.search(r"warning: about \d+ steps fit.*, not WARMDOWN_ITERS", done.out), done
 
 
 def test_ownership() -> None:
