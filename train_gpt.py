@@ -125,7 +125,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "iterations": 320, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "warmdown_iters": 200,
     "train_batch_tokens": 2048, "train_seq_len": 256, "val_batch_size": 16384, "val_loss_every": 100,
     "train_log_every": 20, "num_layers": 6, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "bigram_dim": 64,
-    "muon_momentum_warmup_steps": 150, "swa_every": 20, "eval_float": True, "calibration_tokens": 16384,
+    "muon_momentum_warmup_steps": 150, "swa_every": 5, "eval_float": True, "calibration_tokens": 16384,
     "artifact_limit_bytes": 1_100_000}
 def config_problems(cfg: Config) -> list[str]:
     """Everything that is wrong with a config, each with the value and the remedy; empty when it is sound."""
