@@ -48,7 +48,7 @@ class Config:
     checkpoint_every: float = knob(0.0, "seconds of training between checkpoints, inside the clock (0 = off)", least=0)
     resume: bool = knob(False, "1: continue RUN_ID from its newest sound checkpoint")
     export_from: str = knob("", "path of logs/<run_id>.weights: export and score these weights, no training")
-    seed: int = knob(42, "seed of the initial weights", least=0)
+    seed: int = knob(42, "seed of the initial weights", least=0, most=2**63 - 1)
     eval_artifact: str = knob("", "path of an artifact: evaluate it and stop, no training")
     iterations: int = knob(20000, "training steps at most", least=1)
     max_wallclock_seconds: float = knob(600.0, "training time at most, validation excluded (0 = no cap)", least=0)
@@ -180,7 +180,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, str], lis
 def batch_plan(cfg: Config, world_size: int, most: float) -> tuple[int, int]:
     """(sequences per micro-batch, micro-batches per step) of a rank, where `most` fit at once; or ValueError."""
     batch, seq_len, total = cfg.train_batch_tokens, cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
-    if total % world_size:
+    if world_size < 1 or total % world_size:
         ok = ", ".join(str(n) for n in range(1, min(total, 128) + 1) if total % n == 0)
         raise ValueError(f"{world_size} ranks do not divide TRAIN_BATCH_TOKENS={batch}: use one of {ok} ranks")
     per_rank, wanted = total // world_size, cfg.micro_batch_tokens // seq_len
@@ -235,7 +235,7 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", None, None, world_size, rank, store)
         native = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
         dtype = getattr(torch, {"auto": "bfloat16" if native else "float32"}.get(cfg.compute_dtype, cfg.compute_dtype))
-        flash3 = cuda and torch.cuda.get_device_capability() >= (9, 0) and dtype == torch.bfloat16
+        flash3 = cuda and torch.cuda.get_device_capability()[0] == 9 and dtype == torch.bfloat16
         flash3 = flash3 and importlib.util.find_spec("flash_attn_interface") is not None
         compiled = cuda if cfg.compile == "auto" else cfg.compile == "1"
         attention = "flash3" if flash3 else "sdpa" if cuda or cfg.dry_run else "chunks"
@@ -391,7 +391,8 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
             add_dummy_prefix=False, max_sentence_length=1 << 20, num_threads=1, minloglevel=2,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3)
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it ({error})") from None
+        raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it, or change VOCAB_SIZE "
+                         f"({error})") from None
     return model.getvalue()
 def build_corpus(documents: list[str], folder: Path, vocab_size: int, val_bytes: tuple[int, int]) -> None:
     """Train a tokenizer on the training documents and write tokenizer and shards into `folder`, all or nothing."""
@@ -490,7 +491,7 @@ def row_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
         size = weight.double().square().mean(dim=1).sqrt()
         scale = spec.step * size.mean() ** (1 - SIZE_POWER) * size**SIZE_POWER
         if spec.costs is not None:
-            cost = spec.costs.to(scale)
+            cost = spec.costs.to(scale, non_blocking=True)
             scale = scale * (cost / cost.mean().clamp(min=1e-30) + LEAST_COST) ** COST_POWER
     scale = torch.maximum(scale, widest) if spec.step else widest
     return scale.float().clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).float()
@@ -562,7 +563,7 @@ def rate_table(state: Mapping[str, Tensor], costs: Mapping[str, Tensor], kept: Q
     table: RateTable = {}
     for name, value in sorted(state.items()):
         weight, kind, grids = value.detach().float(), category(name), list[QuantSpec]()
-        cost = costs.get(name, torch.ones(len(weight) if weight.dim() else 1)).to(weight.device)
+        cost = costs.get(name, torch.ones(len(weight) if weight.dim() else 1))  # on the CPU, as plans go to all ranks
         for step in STEPS if kind != "small" and name not in kept else ():
             scale = row_scale(weight, QuantSpec(8, step, cost))
             reach = float((weight.abs().amax(dim=1) / scale).max())  # rare levels cost little: cut none
@@ -570,7 +571,7 @@ def rate_table(state: Mapping[str, Tensor], costs: Mapping[str, Tensor], kept: Q
         table[name] = []
         for spec in [kept[name]] if name in kept else grids:
             codes, stored_scale = quantize_per_row(weight, spec)
-            error = float((weight - dequantize_per_row(codes, stored_scale)).square().sum(dim=1) @ cost)
+            error = float((weight - dequantize_per_row(codes, stored_scale)).square().sum(dim=1).cpu() @ cost)
             table[name].append((order0_bytes(codes) + 2 * len(codes), error, spec))
         if kind != "mlp" and name not in kept: table[name].append((2.0 * weight.numel(), 0.0, None))
     return table
@@ -629,21 +630,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, kernel: str) -> Tensor:
         out = flash_attn_func(q, k, v, causal=True, window_size=(window - 1 if length > window else -1, -1))
         return out[0] if isinstance(out, tuple) else out
     mask = visible(span, length, window, q.device) if span < length or length > window else None
-    q, k, v, grouped = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), q.size(2) != k.size(2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    k, v = (x if mask is None else x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))  # mask or groups
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, enable_gqa=mask is None).transpose(1, 2)
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """What `attend` computes, chunk of queries by chunk: faster than PyTorch's kernel on a CPU (tests/bench.py)."""
     (batch, span, heads, dim), (_, length, kv_heads, _) = q.shape, k.shape
     q = (q * dim**-0.5).view(batch, span, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)  # (B, KV, H / KV, S, D)
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()  # or every chunk would copy its part
     outs: list[Tensor] = []
-    for part in q.split(ATTENTION_CHUNK, dim=3):
-        rows, end = part.size(3), length - span + len(outs) * ATTENTION_CHUNK + part.size(3)
+    chunk = ATTENTION_CHUNK * (2 if torch.compiler.is_compiling() else 1)  # fewer of them are faster to compile
+    for part in q.split(chunk, dim=3):
+        rows, end = part.size(3), length - span + len(outs) * chunk + part.size(3)
         first = max(0, end - rows - window + 1)
         scores = part.reshape(batch, kv_heads, -1, dim) @ k[:, :, first:end].mT
-        bias = torch.zeros(rows, end - first, dtype=q.dtype, device=q.device)
-        bias = bias.masked_fill(~visible(rows, end - first, window, q.device), -math.inf)
+        bias = torch.where(visible(rows, end - first, window, q.device), 0.0, -math.inf).to(q.dtype)
         weights = torch.softmax(scores.view(batch, kv_heads, -1, rows, end - first) + bias, -1)
         out = weights.view(batch, kv_heads, -1, end - first) @ v[:, :, first:end]
         outs.append(out.view(batch, kv_heads, -1, rows, dim))
@@ -948,11 +949,11 @@ class Evaluator:
             starts = list(mine[at : at + batch])
             starts += [chunks] * (min(batch, len(mine)) - len(starts))  # padding scores nothing
             tokens = self._tokens([start * seq_len for start in starts], (1 + BAND_CHUNKS) * seq_len + 1)
-            x0, past = model.embedded(tokens[:, :-1]), None
+            past = None
             for i, begin in enumerate(range(0, min(1 + BAND_CHUNKS, chunks - starts[0]) * seq_len, seq_len)):
                 inputs, targets = tokens[:, begin : begin + seq_len], tokens[:, begin + 1 : begin + seq_len + 1]
-                with rt.autocast():
-                    losses, past = step(x0[:, begin : begin + seq_len], targets, model.rope(begin, seq_len), past)
+                x0 = model.embedded(tokens[:, max(0, begin - 2) : begin + seq_len])[:, -seq_len:]  # it looks back by 2
+                with rt.autocast(): losses, past = step(x0, targets, model.rope(begin, seq_len), past)
                 scored = torch.tensor([[start + i < chunks and (i > 0 or start == 0)] for start in starts])
                 done = (at + len(starts) * (i + 1) / (1 + BAND_CHUNKS)) / len(mine)
                 yield min(done, 1.0), self._sums(losses, inputs, targets, scored.to(rt.device))
@@ -1037,7 +1038,7 @@ def read_artifact(path: Path, content: bytes | None = None) -> tuple[dict[str, A
     try:
         header = json.loads(payload[4:begin])
         entries = [(str(t["name"]), tuple(map(int, t["shape"])), int(t["bits"])) for t in header["tensors"]]
-        sound = all(min(shape, default=0) >= 0 and bits in (2, 3, 4, 5, 6, 7, 8, 16) for _, shape, bits in entries)
+        sound = all(min(s, default=0) >= 0 and (b == 16 or 2 <= b <= 8 and len(s) == 2) for _, s, b in entries)
         sound = sound and len({n for n, _, _ in entries}) == len(entries) and "config" in header
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} has a damaged header ({type(error).__name__}: {error})") from None
@@ -1217,7 +1218,7 @@ class Trainer:
         try: save_tensors(path, state)
         except OSError as error:
             return self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact")
-        for old in [*checkpoint_paths(self.cfg.run_id)[:-2], *checkpoint_paths(self.cfg.run_id, ".tmp")]: old.unlink()
+        for old in checkpoint_paths(self.cfg.run_id)[:-2] + checkpoint_paths(self.cfg.run_id, ".tmp"): old.unlink(True)
         self.rt.log(f"checkpoint path:{path} time:{1000 * (time.perf_counter() - begun):.0f}ms (inside the clock)")
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `save` was called; also with another number of ranks."""
@@ -1303,28 +1304,32 @@ class Trainer:
         for state, active in ((dequantize_state(stored), False), (before, self.qat_active)):
             self.model.load_state_dict(state, strict=False)
             self.model.refresh(active)
-            for input_ids, target_ids in self.calibration_batches() if state is not before else ():
-                with self.rt.autocast():
-                    sums += torch.stack((self.model.loss(input_ids, target_ids), sums.new_ones(())))
+            for batch in self.calibration_batches() if state is not before else ():
+                with self.rt.autocast(): sums += torch.stack((self.model.loss(*batch), sums.new_ones(())))
         return float(torch.divide(*self.rt.all_reduce(sums)))
     def choose_weights(self) -> Trained:
         """Average (of two snapshots or more) or last weights, nearest or error feedback: what does best in training."""
         cfg, weights = self.cfg, {"last": weights_of(self.model)} | ({"swa": weights_of(self.swa.module)}
                                   if self.swa.n_averaged > 1 else {})
+        def keep(weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> Trained:  # what `export` needs, on disk
+            trained = {"weights": weights, "costs": self.costs, "hessians": hessians, "grids": plain(self.grids),
+                       "config": dataclasses.asdict(cfg)}
+            if self.rt.rank == 0: save_tensors(Path("logs", f"{cfg.run_id}.weights"), trained)
+            return trained
+        keep(weights[[*weights][-1]], {})  # before anything of what follows can fail
         if cfg.rate_control and not self.costs: self.choose_grids()
         elif cfg.error_feedback: self.measure()
         if cfg.swa_always: weights = dict([weights.popitem()])
-        hessians: dict[str, dict[str, Tensor]] = {"nearest": {}}
-        if cfg.error_feedback:
-            hessians["feedback"] = found = self.products
-            if self.grids: hessians["feedback_but_mlp"] = {n: h for n, h in found.items() if n not in self.grids}
-        trials = list(itertools.product(weights, hessians))
-        losses = [self.quantized_loss(weights[w], hessians[h]) if len(trials) > 1 else 0.0 for w, h in trials]
-        chosen, rounding = trials[losses.index(min(losses))]
-        tried = "".join(f" {w}_{h}_loss:{loss:.5f}" for (w, h), loss in zip(trials, losses, strict=True) if loss)
+        found = self.products
+        hessians: dict[str, dict[str, Tensor]] = {"nearest": {}} | ({"feedback": found} if found else {})
+        if found and self.grids: hessians["feedback_but_mlp"] = {n: h for n, h in found.items() if n not in self.grids}
+        losses = {(w, "nearest"): self.quantized_loss(weights[w], {}) for w in weights if len(weights) > 1 or found}
+        chosen = min(losses, key=losses.__getitem__, default=([*weights][-1], ""))[0]
+        losses |= {(chosen, h): self.quantized_loss(weights[chosen], hessians[h]) for h in [*hessians][1:]}
+        rounding = min(hessians, key=lambda h: losses.get((chosen, h), 0.0))
+        tried = "".join(f" {w}_{h}_loss:{loss:.5f}" for (w, h), loss in losses.items())
         self.rt.log(f"export weights:{chosen} rounding:{rounding} snapshots:{int(self.swa.n_averaged)}{tried}")
-        return {"weights": weights[chosen], "costs": self.costs, "hessians": hessians[rounding],
-                "grids": plain(self.grids), "config": dataclasses.asdict(cfg)}
+        return keep(weights[chosen], hessians[rounding])
     def step_seconds(self) -> float:  # median of the recent ones; 0 before there are 5, since the first are slow
         return float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
     def absorb(self, metrics: list[float], lr_scale: float) -> None:
@@ -1354,7 +1359,7 @@ class Trainer:
         """Score the current weights; the clock stands still."""
         paused, cfg = time.perf_counter(), self.cfg
         elapsed, batch = paused - self.clock_zero, cfg.val_batch_size // cfg.train_seq_len // self.rt.world_size
-        result = self.evaluator.run(self.model, "banded", max(1, batch), "validation")  # the cheaper mode
+        result = self.evaluator.run(self.model, "banded", max(1, min(batch, cfg.eval_batch_seqs)), "validation")
         self.rt.log(f"step:{self.step}/{cfg.iterations} {result} train_time:{1000 * elapsed:.0f}ms "
                     f"step_avg:{1000 * elapsed / max(1, self.step):.2f}ms mode:banded")
         self.clock_zero += time.perf_counter() - paused
@@ -1399,8 +1404,7 @@ def log_start(cfg: Config, origin: Mapping[str, str], warnings: Iterable[str], r
     rt.logger.debug("config %s", json.dumps(dataclasses.asdict(cfg)))
     changed = [f"{name.upper()}={getattr(cfg, name)} ({source})" for name, source in origin.items()]
     rt.log("\n".join(["config overrides: " + (", ".join(changed) or "none"), *(f"warning: {w}" for w in warnings)]))
-def log_xz(data: Data, log: Log) -> None:
-    """What `xz -9e` makes of the same validation text by itself, in bits per byte: the demo's mark to beat."""
+def log_xz(data: Data, log: Log) -> None:  # what `xz -9e` makes of the validation text by itself: the demo's mark
     text = "".join(data.tokenizer.decode(part.tolist()) for part in data.val.shards).encode()
     packed = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
     log(f"xz -9e of the validation text: text_bytes:{len(text)} xz_bytes:{packed} xz_bpb:{8 * packed / len(text):.4f}")
@@ -1414,14 +1418,11 @@ def train(cfg: Config, data: Data, rt: Runtime, started: float) -> Trained:
     trainer.warm_up()
     if cfg.resume and (state := rt.from_rank_0(lambda: newest_checkpoint(cfg, rt.log))): trainer.restore(state)
     rt.log(f"start_up time:{1000 * (time.monotonic() - started):.0f}ms")
-    path = Path("logs", f"{cfg.run_id}.weights")
     try: trained = trainer.run()
     except RunEnded as error:
         rt.logger.debug("error: %s", error.args[0])  # for the file; the console gets it from `command_line`
         raise
-    if rt.rank == 0:
-        save_tensors(path, trained)
-        rt.log(f"weights path:{path} (EXPORT_FROM={path} exports them again)")
+    rt.log(f"weights path:logs/{cfg.run_id}.weights (EXPORT_FROM exports them again)")
     if cfg.eval_float:
         model.load_state_dict(trained["weights"])
         model.refresh(False)
@@ -1437,7 +1438,7 @@ def dry_run(cfg: Config, rt: Runtime, data: Data) -> int:
     params, matrices = sum(sizes.values()), sum(n for name, n in sizes.items() if name.endswith("_proj.weight"))
     mlp, kept = sum(n for name, n in sizes.items() if category(name) == "mlp"), tokens * activation_bytes(cfg, rt)
     parts = {"weights": 4 * (params + mlp), "gradients": 4 * params, "optimizer": 8 * params + 2 * matrices,
-             "swa": 4 * params, "activations": kept - logits, "logits": logits}
+             "swa": 4 * (params + mlp), "activations": kept - logits, "logits": logits}
     rt.log(f"plan rank_memory_bytes all:{sum(parts.values()):.0f}" + "".join(f" {k}:{n:.0f}" for k, n in parts.items()))
     rows, estimate = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), defaultdict[str, float](float)
     estimate["code"] = Path(__file__).stat().st_size
@@ -1461,7 +1462,7 @@ def main() -> int:
         trained = load_tensors(Path(cfg.export_from), "weights", "costs", "hessians", "grids", "config")
         cfg = with_model_fields(cfg, trained["config"], cfg.export_from)
         check_shapes(trained["weights"], cfg, cfg.export_from)
-        if cfg.mlp_bits != trained["config"].get("mlp_bits"): trained["grids"] = {}
+        if "mlp_bits" in origin and cfg.mlp_bits != trained["config"].get("mlp_bits"): trained["grids"] = {}
         if not cfg.error_feedback: trained["hessians"] = {}
     elif cfg.eval_artifact:
         cfg = with_model_fields(cfg, read_artifact(Path(cfg.eval_artifact))[0]["config"], cfg.eval_artifact)
@@ -1490,10 +1491,9 @@ def command_line() -> int:
     except KeyboardInterrupt:
         print("interrupted; what was written before is in logs/", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized(): dist.destroy_process_group()
 
 if __name__ == "__main__":
     exit_code = command_line()
+    if exit_code in (0, 3) and dist.is_initialized(): dist.destroy_process_group()  # else other ranks may hang in NCCL
     sys.stdout.flush()
     os._exit(exit_code)  # the interpreter's own way out aborts now and then on threads that gloo leaves (PyTorch 2.13)

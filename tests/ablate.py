@@ -31,23 +31,28 @@ PROXIES: dict[str, dict[str, Any]] = {
     "long": {"MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "BIGRAM_VOCAB_SIZE": 2048, "ITERATIONS": 3000,
              "WARMDOWN_ITERS": 1200},
     "large": {"MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "ITERATIONS": 500, "WARMDOWN_ITERS": 200},
+    "screen": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 400, "WARMDOWN_ITERS": 160,
+               "EVAL_STRIDE": 0},
 }  # fmt: skip
-PARAMETERS = {"small": 2423063, "long": 609431, "large": 7434797}
+PARAMETERS = {"small": 2423063, "long": 609431, "large": 7434797, "screen": 2423063}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "pr314": {"RECIPE": "pr314"},
     "noqat": {"QAT_START_FRAC": 1, "SWA_ENABLED": 0},
+    "qat_0.9": {"QAT_START_FRAC": 0.9},
+    "qat_0.5": {"QAT_START_FRAC": 0.5},
+    "qat_0": {"QAT_START_FRAC": 0},
+    "nearest": {"ERROR_FEEDBACK": 0},
     "relu": {"RELU_SLOPE": 0},
     "no_xsa": {"XSA_LAYERS": 0},
     "no_muon_eq": {"MUON_EQ": 0},
     "momentum_kept": {"MUON_MOMENTUM_END": 0.99},
-    "qat_0.5": {"QAT_START_FRAC": 0.5},
+    "gain_4": {"QK_GAIN_INIT": 4},
 }  # fmt: skip
 PAIR = ("default", "pr314")
-ORDER = [(r, "small", s) for s in (42, 43, 44) for r in PAIR] + [("noqat", "small", 42)]
+ORDER = [(r, "small", 42) for r in (*PAIR, "noqat")] + [(r, "small", s) for s in (43, 44) for r in (*PAIR, "noqat")]
 ORDER += [(r, p, s) for s in (42, 43) for p in ("long", "large") for r in PAIR]
-ORDER += [("noqat", "long", 42), ("noqat", "long", 43), ("noqat", "small", 43), ("noqat", "small", 44)]
-ORDER += [(r, "small", 42) for r in RECIPES if r not in (*PAIR, "noqat")]
+ORDER += [("noqat", "long", 42), ("noqat", "long", 43)] + [(r, "screen", 42) for r in RECIPES]
 KEYS = r"(\w+):([-+.,\w]+)"
 
 

@@ -424,7 +424,7 @@ def test_disk_full_during_a_checkpoint(whole: tuple[Path, str], tmp_path: Path) 
     assert_same_end(tmp_path, done.out, whole)
 
 
-@pytest.mark.parametrize(("nth", "name"), [(STEPS + 1, "x.weights"), (STEPS + 2, "x.ptz")])
+@pytest.mark.parametrize(("nth", "name"), [(STEPS + 1, "x.weights"), (STEPS + 3, "x.ptz")])
 def test_disk_full_during_the_export(whole: tuple[Path, str], tmp_path: Path, nth: int, name: str) -> None:
     """A clear error that names the file, nothing half-written, checkpoints intact; with room again the run ends."""
     calls: list[int] = []
