@@ -391,7 +391,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
             add_dummy_prefix=False, max_sentence_length=1 << 20, num_threads=1, minloglevel=2,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3)
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it, or change VOCAB_SIZE "
+        raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it or change it "
                          f"({error})") from None
     return model.getvalue()
 def build_corpus(documents: list[str], folder: Path, vocab_size: int, val_bytes: tuple[int, int]) -> None:

@@ -74,7 +74,7 @@ def test_too_small_a_limit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("rate_control", [False, True])
 def test_container(rate_control: bool) -> None:
-    """At least 2% smaller than torch.save and zstd-22 of the same codes; within 2.5% of order-0 entropy plus the rest."""
+    """2% smaller than torch.save and zstd-22 of the same codes; within 2.5% of order-0 entropy plus the rest."""
     cfg = config(model_dim=256, num_layers=6, mlp_mult=3, bigram_vocab_size=2000, bigram_dim=64, mlp_prune_frac=0)
     state = weights(cfg, 0, 0.1, 0.3)
     plan = plan_for(cfg)
