@@ -103,7 +103,7 @@ class Config:
     error_feedback: bool = knob(True, "1: round with error feedback (GPTQ) where that helps on training tokens")
     rate_control: bool = knob(True, "1: choose every matrix's grid so that the limit is filled; the bits are the start")
     calibration_tokens: int = knob(65536, "training tokens that the plan and the choice of weights look at", least=1)
-    calibration_reserve: float = knob(0.01, "share of the cap kept for the choice of weights", least=0, below=1)
+    calibration_reserve: float = knob(0.02, "share of the cap kept for the choice of weights", least=0, below=1)
     mlp_bits: int = knob(4, "bits of the MLP weights (RATE_CONTROL: the start)", least=2, most=8)
     attn_bits: int = knob(5, "bits of the attention weights (RATE_CONTROL: the start)", least=2, most=8)
     bigram_bits: int = knob(5, "bits of the bigram table and projection (RATE_CONTROL: the start)", least=2, most=8)
