@@ -155,7 +155,7 @@ class Run:
     def batch_tokens(self) -> int | None:
         """Tokens per step over all ranks."""
         value = self.settings.get("train_batch_tokens")
-        return int(value) if value else None
+        return int(value) if isinstance(value, (int, float)) and value else None
 
     def problem(self) -> str:
         """Why the run does not count, or nothing."""
@@ -287,13 +287,12 @@ def read_about(run: Run, line: str, pairs: dict[str, str]) -> None:
 
 def read_old_about(run: Run, line: str, pairs: dict[str, str]) -> None:
     """Settings, data and versions of an older script's logs (and the seed of a console log)."""
-    if line.startswith("Running Py"):
-        package, version = line.split()[1:3]
-        run.versions[{"Python": "python", "PyTorch": "torch"}.get(package, package)] = version
+    if found := re.match(r"Running (Python|PyTorch) (\S+)", line):
+        run.versions[{"Python": "python", "PyTorch": "torch"}[found[1]]] = found[2]
     elif found := re.match(r"\|\s+\d+\s+(NVIDIA .*?)\s+(?:On|Off)\s+\|", line):
         run.runtime |= {"device": "cuda", "name": found[1]}
-    elif line.startswith("train_loader:dataset:"):
-        run.dataset = line.split(":")[2].split()[0]
+    elif found := re.match(r"train_loader:dataset:(\S+)", line):
+        run.dataset = found[1]
     elif line.startswith("val_loader:") and "tokens" in pairs:
         run.val_targets = whole(pairs["tokens"])
     elif not run.step and not line.startswith("warmup_step"):
@@ -525,6 +524,8 @@ def verdict(base: Group, other: Group) -> str:
     modes = [sorted({run.final.mode for run in group.runs if run.final}) for group in (other, base)]
     if modes[0] != modes[1]:
         text += f" Scored differently ({', '.join(modes[0])} and {', '.join(modes[1])}): the gain includes that."
+    if broken := [run.name for run in other.runs if rule_breaks(run)]:
+        text += f" But {', '.join(broken)} broke the challenge's rules (see the warnings): no valid entry."
     return text
 
 
@@ -611,7 +612,7 @@ def rule_breaks(run: Run) -> list[str]:
     for what, seconds in (("training", (run.train_ms or 0) / 1000), ("evaluation", (final and final.seconds) or 0)):
         if seconds > LIMIT_SECONDS:
             found.append(
-                f"{what} took {seconds:.2f} s, {seconds - LIMIT_SECONDS:.2f} s over the {LIMIT_SECONDS:.0f} s allowed"
+                f"{what} took {seconds:.3f} s, {seconds - LIMIT_SECONDS:.3f} s over the {LIMIT_SECONDS:.0f} s allowed"
             )
     return found
 
@@ -829,9 +830,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def fit_height(axes: Any, series: Sequence[tuple[list[float], list[float]]]) -> None:
-    """Set the y range by all but the first 4% of the run, where the loss falls from that of random weights."""
-    end = max((max(x) for x, _ in series if x), default=0.0)
-    seen = [v for x, y in series for u, v in zip(x, y, strict=True) if u >= 0.04 * end]
+    """Set the y range by all but the first 4% of each run, where the loss falls from that of random weights."""
+    seen = [v for x, y in series for u, v in zip(x, y, strict=True) if u >= 0.04 * max(x)]
     if seen and max(seen) > min(seen):
         room = 0.06 * (max(seen) - min(seen))
         axes.set_ylim(min(seen) - room, max(seen) + room)
@@ -1100,4 +1100,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

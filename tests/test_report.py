@@ -321,8 +321,8 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for text in (
         "bad: forbidden by the rules: 16,000,001 bytes of code and model, 1 over the 16,000,000 allowed",
-        "bad: forbidden by the rules: training took 600.50 s, 0.50 s over",
-        "bad: forbidden by the rules: evaluation took 700.00 s, 100.00 s over",
+        "bad: forbidden by the rules: training took 600.500 s, 0.500 s over",
+        "bad: forbidden by the rules: evaluation took 700.000 s, 100.000 s over",
         "bad: logged: warning: something",
         "config A: seed 1 more than once",
         "again: model and code bytes do not add up",
@@ -342,6 +342,9 @@ def skipped_files(folder: Path) -> dict[str, tuple[str, str]]:
         "empty": ("", "empty"),
         "binary": ("\0\1\2" * 99, "foreign: not text"),
         "prose": ("# Notes\n\nstep by step, val_bpb:1.1\nseed: 3\n", "foreign: no line of"),
+        "pytest": ("Running Pytest\n", "foreign: no line of"),
+        "python": ("Running Python\n", "foreign: no line of"),
+        "loader": ("train_loader:dataset:\n", "foreign: no line of"),
         "insource": ("import torch\n" + log[:60], "truncated or foreign: a script's source"),
         "nostep": (log[: log.index("step:1/100 train")], "truncated or stopped at once: no training step"),
         "half": (log[: log.index("step:100/100 val")], "unfinished: the log ends at step 100 of 100, in training"),
@@ -359,7 +362,7 @@ def test_files_that_do_not_count(tmp_path: Path) -> None:
     files = skipped_files(tmp_path)
     paths = write(tmp_path / "odd", **{name: text for name, (text, _) in files.items()})
     alone = command(*paths, str(tmp_path / "missing.txt"))
-    assert alone.returncode == 1 and not alone.stdout and "error: no complete run in 13 files" in alone.stderr
+    assert alone.returncode == 1 and not alone.stdout and "error: no complete run in 16 files" in alone.stderr
     good = write(tmp_path, good=own_log(1, 1.9), copy=own_log(1, 1.9))
     beside = command(*good, *paths, "--figure", str(tmp_path / "figure.svg"))
     assert beside.returncode == 0 and cells(beside.stdout, "good")[1] == "A", beside.stderr
