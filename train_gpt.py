@@ -1,6 +1,6 @@
 """Train, quantize, compress and score a language model in 16,000,000 bytes: one file for the Parameter Golf challenge.
 "11L Int4 MLP QAT + BigramHash(10240) + SWA": a U-Net-skip transformer of 27,878,489 parameters whose MLP weights end
-their training under straight-through fake quantization (from int4 up: the grids that fill the file best). The last or
+their training under straight-through fake quantization (grids of 2 to 8 bits that fill the file best). The last or
 the averaged weights are stored in one zstd-22 frame, read back and scored: the last log line is about the file on disk.
     DEMO=1 python train_gpt.py                              a laptop: no download, a few minutes on 2 CPU cores
     torchrun --standalone --nproc_per_node=8 train_gpt.py   the challenge: 8xH100, FineWeb shards at DATA_PATH
