@@ -1,30 +1,39 @@
 """Paired runs of recipes on the proxies, and their table: `python tests/ablate.py --data DIR --tokenizer FILE`.
 
 Each run is `train_gpt.py` as a user would start it, on one thread, in a scratch folder. A finished run is one line of
-the results file (logs/ablations.jsonl), so the script goes on where it was stopped; `--table` only prints the table.
-The default recipe gets the script's bytes plus 0.572 bytes per parameter, the ratio of the full-size budget; pr314 gets
-as many as it needs. `noqat` is the default recipe in float, without QAT: the reference of the quantization gap."""
+the results file (logs/ablations.jsonl), so the script goes on where it was stopped; `--table` only prints the table,
+`--write` puts it into logs/ABLATIONS.md, `--only REGEX` runs what matches "recipe proxy seed", such as '^default long'.
+
+Recipes that differ only in how a run ends (fake quantization, averaging) go on from one run of the default that is
+stopped at 90% of its steps: a resumed run ends as if it had not stopped (tests/test_recovery.py). Ideas that were not
+kept have no knob: `edits` makes them on a copy of the script. The default gets the script's bytes plus 0.572 bytes per
+parameter, the ratio of the full-size budget; pr314 gets as many as it needs. `noqat` (last weights) and `noqat_swa`
+(averaged ones) never fake-quantize: the better of their float scores is what the quantization gap is counted from."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
     "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0, "TRAIN_SEQ_LEN": 256, "TRAIN_BATCH_TOKENS": 8192, "NUM_LAYERS": 11,
     "MUON_MOMENTUM_WARMUP_STEPS": 300, "SWA_EVERY": 20, "BIGRAM_DIM": 64, "VAL_LOSS_EVERY": 0, "EVAL_FLOAT": 1,
-    "COMPILE": 1,
+    "COMPILE": 1, "TRAIN_LOG_EVERY": 10,
 }  # fmt: skip
 PROXIES: dict[str, dict[str, Any]] = {
     "small": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 1000, "WARMDOWN_ITERS": 400},
@@ -35,24 +44,107 @@ PROXIES: dict[str, dict[str, Any]] = {
                "EVAL_STRIDE": 0},
 }  # fmt: skip
 PARAMETERS = {"small": 2423063, "long": 609431, "large": 7434797, "screen": 2423063}
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "pr314": {"RECIPE": "pr314"},
-    "noqat": {"QAT_START_FRAC": 1, "SWA_ENABLED": 0},
-    "qat_0.9": {"QAT_START_FRAC": 0.9},
-    "qat_0.5": {"QAT_START_FRAC": 0.5},
-    "qat_0": {"QAT_START_FRAC": 0},
-    "nearest": {"ERROR_FEEDBACK": 0},
-    "relu": {"RELU_SLOPE": 0},
-    "no_xsa": {"XSA_LAYERS": 0},
-    "no_muon_eq": {"MUON_EQ": 0},
-    "momentum_kept": {"MUON_MOMENTUM_END": 0.99},
-    "gain_4": {"QK_GAIN_INIT": 4},
+Edits = list[tuple[str, str]]  # (text that occurs in the script, what stands there instead)
+
+
+class Recipe(NamedTuple):
+    """What a row differs in from the default: settings, edits of the script; `forks`: only after 90% of the steps."""
+
+    settings: dict[str, Any]
+    edits: Edits = []
+    forks: bool = False
+
+
+FORK_AT = 0.9
+ATTENTION_IN = "def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None)"
+BLOCK_IN = "def forward(self, x: Tensor, x0: Tensor, span: int, rope: Tensor, past: KeyValue | None)"
+Q_GAIN = "self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))"
+UPDATE = "                self.swa.update_parameters(self.model)\n"
+EMA = [("AveragedModel(model)", "AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))"),
+       ("AveragedModel(self.model)",
+        "AveragedModel(self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))"),
+       ("and self.step % cfg.swa_every == 0", "")]  # fmt: skip
+KEEP_AVERAGE = [("self.qat_active, self.swa = True, AveragedModel(self.model)", "self.qat_active = True")]
+AVERAGE_QUANTIZED = [(UPDATE, """                masters = copy.deepcopy(weights_of(self.model))
+                for layer in self.model.modules():
+                    if self.qat_active and getattr(layer, "spec", None): layer.weight.data.copy_(layer.forward_weight)
+                self.swa.update_parameters(self.model)
+                self.model.load_state_dict(masters, strict=False)
+""")]  # fmt: skip
+GRID = "fake_quantize_per_row(self.weight, scale, self.spec)"
+GROWING = [(f"{GRID} if quantize else self.weight", f"torch.lerp(self.weight, {GRID}, float(quantize))"),
+           ("        self.model.refresh(self.qat_active)\n        return metrics",
+            "        start, end = self.cfg.qat_start_frac * self.cfg.iterations, 0.98 * self.cfg.iterations\n"
+            "        self.model.refresh(self.qat_active and min(1.0, (step + 1 - start) / (end - start)))\n"
+            "        return metrics")]  # fmt: skip
+VALUE_RESIDUAL = [
+    (Q_GAIN, Q_GAIN + "\n        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))"),
+    (ATTENTION_IN, ATTENTION_IN.replace(")", ", first: Tensor | None = None)")),
+    (BLOCK_IN, BLOCK_IN.replace(")", ", first: Tensor | None = None)")),
+    ("        own = k, v =", "        v = v if first is None else self.value_mix[0].to(v.dtype) * v + "
+     "self.value_mix[1].to(v.dtype) * first\n        own = k, v ="),
+    ("self.attn(norm(x), span, rope, past)", "self.attn(norm(x), span, rope, past, first)"),
+    ("past[i] if past else None)", "past[i] if past else None, kept[0][1] if kept else None)"),
+]  # fmt: skip
+ATTENTION_GATE = [
+    (Q_GAIN, Q_GAIN + "\n        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, 12))"),
+    ("        return self.out_proj(out.reshape(batch, span, -1)), own",
+     "        gate = 2 * torch.sigmoid(F.linear(x[:, length - span :, :12], self.gate.to(x.dtype))).unsqueeze(-1)\n"
+     "        out = out.reshape(batch, span, -1, self.head_dim) * gate\n"
+     "        return self.out_proj(out.reshape(batch, span, -1)), own"),
+]  # fmt: skip
+PARTIAL_ROPE = [  # a quarter of the head's dimensions
+    ("(a, b), (cos, sin) = x.chunk(2, dim=-1), rope", "n = 2 * rope.size(-1)\n"
+     "    (a, b), (cos, sin) = x[..., :n].chunk(2, dim=-1), rope"),
+    ("b * cos - a * sin), dim=-1)", "b * cos - a * sin, x[..., n:]), dim=-1)"),
+    ("head_dim, positions = cfg.model_dim // cfg.num_heads", "head_dim, positions = cfg.model_dim // cfg.num_heads"
+     " // 4"),
+]  # fmt: skip
+DEPTH_NORM = [
+    ("self.attn, self.mlp = CausalSelfAttention", "self.depth = (index + 1) ** -0.5\n"
+     "        self.attn, self.mlp = CausalSelfAttention"),
+    ("self.attn(norm(x), span", "self.attn(norm(x) * self.depth, span"),
+    ("self.mlp(norm(x))", "self.mlp(norm(x) * self.depth)"),
+]  # fmt: skip
+DOCUMENT_STARTS = [  # bigram and smear do not look across a bos token (id 1 in the challenge's tokenizer)
+    ("        return F.pad(pair, (1, 0)", "        pair = pair.masked_fill(ids[:, 1:] == 1, self.buckets - 1)\n"
+     "        return F.pad(pair, (1, 0)"),
+    ("gate = torch.sigmoid(self.smear_gate).to(x.dtype)\n", "gate = torch.sigmoid(self.smear_gate).to(x.dtype) * "
+     "(input_ids != 1).unsqueeze(-1).to(x.dtype)\n"),
+]  # fmt: skip
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe({}, forks=True),
+    "pr314": Recipe({"RECIPE": "pr314"}),
+    "noqat": Recipe({"QAT_START_FRAC": 1, "SWA_ENABLED": 0}, forks=True),
+    "noqat_swa": Recipe({"QAT_START_FRAC": 1, "SWA_ALWAYS": 1}, forks=True),
+    "qat_0.9": Recipe({"QAT_START_FRAC": 0.9}, forks=True),
+    "qat_0.9_growing": Recipe({"QAT_START_FRAC": 0.9}, GROWING, forks=True),
+    "average_never": Recipe({"SWA_ENABLED": 0}, forks=True),
+    "average_always": Recipe({"SWA_ALWAYS": 1}, forks=True),
+    "average_kept": Recipe({"SWA_ALWAYS": 1}, KEEP_AVERAGE, forks=True),
+    "average_quantized": Recipe({"SWA_ALWAYS": 1}, AVERAGE_QUANTIZED, forks=True),
+    "ema": Recipe({"SWA_ALWAYS": 1}, EMA, forks=True),
+    "nearest": Recipe({"ERROR_FEEDBACK": 0}, forks=True),
+    "qat_0.8": Recipe({"QAT_START_FRAC": 0.8}),
+    "qat_0.5": Recipe({"QAT_START_FRAC": 0.5}),
+    "qat_0": Recipe({"QAT_START_FRAC": 0}),
+    "relu": Recipe({"RELU_SLOPE": 0}),
+    "no_xsa": Recipe({"XSA_LAYERS": 0}),
+    "no_muon_eq": Recipe({"MUON_EQ": 0}),
+    "momentum_kept": Recipe({"MUON_MOMENTUM_END": 0.99}),
+    "gain_4": Recipe({"QK_GAIN_INIT": 4}),
+    "value_residual": Recipe({}, VALUE_RESIDUAL),
+    "attention_gate": Recipe({}, ATTENTION_GATE),
+    "partial_rope": Recipe({}, PARTIAL_ROPE),
+    "depth_norm": Recipe({}, DEPTH_NORM),
+    "document_starts": Recipe({}, DOCUMENT_STARTS),
 }  # fmt: skip
-PAIR = ("default", "pr314")
-ORDER = [(r, "small", 42) for r in (*PAIR, "noqat")] + [(r, "small", s) for s in (43, 44) for r in (*PAIR, "noqat")]
-ORDER += [(r, p, s) for s in (42, 43) for p in ("long", "large") for r in PAIR]
-ORDER += [("noqat", "long", 42), ("noqat", "long", 43)] + [(r, "screen", 42) for r in RECIPES]
+MAIN = ("default", "pr314", "noqat", "noqat_swa")
+ORDER = [(r, p, 42) for p in ("long", "small") for r in MAIN]
+ORDER += [(r, p, s) for s in (43, 44) for r in MAIN for p in ("small", "long") if s == 43 or p == "small"]
+ORDER += [(r, "large", s) for s in (42, 43) for r in MAIN[:2]]
+ORDER += [(r, p, 42) for p in ("small", "long") for r, recipe in RECIPES.items() if recipe.forks and r not in MAIN]
+ORDER += [(r, "screen", 42) for r, recipe in RECIPES.items() if r == "default" or not recipe.forks]
 KEYS = r"(\w+):([-+.,\w]+)"
 
 
@@ -67,63 +159,125 @@ def short_split(source: Path, folder: Path, tokens: int) -> None:
     (folder / shard.name).write_bytes(content)
 
 
-def one_run(recipe: str, proxy: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the script and read the figures from its console output."""
-    limit = args.script.stat().st_size + round(0.572 * PARAMETERS[proxy])
-    settings = COMMON | PROXIES[proxy] | {"ARTIFACT_LIMIT_BYTES": limit} | RECIPES[recipe]
-    if recipe == "pr314":
-        settings["ARTIFACT_LIMIT_BYTES"] = 16_000_000
-    settings |= {"SEED": seed, "DATA_PATH": "data", "TOKENIZER_PATH": Path(args.tokenizer).resolve(), "RUN_ID": "run"}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(args.script, folder)
+def start(script: str, folder: Path, settings: dict[str, Any], args: argparse.Namespace, stop_at: int = 0) -> list[str]:
+    """Run `script` in `folder`; returns its console lines. `stop_at`: end it by SIGTERM when that step is logged."""
+    Path(folder, args.script.name).write_text(script)
+    if not Path(folder, "data").exists():
         short_split(Path(args.data), Path(folder, "data"), args.val_tokens)
-        done = subprocess.run(
-            [sys.executable, args.script.name], cwd=folder, env=env, capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        tail = done.stdout[-800:] + done.stderr[-800:]
-        raise RuntimeError(f"{recipe} {proxy} {seed}: exit code {done.returncode}\n{tail}")
-    lines = done.stdout.splitlines()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
+    command, lines = [sys.executable, args.script.name], list[str]()
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            lines.append(line.rstrip("\n"))
+            if stop_at and line.startswith(f"step:{stop_at}/") and "train_loss" in line:
+                run.send_signal(signal.SIGTERM)
+    if run.returncode != (128 + signal.SIGTERM if stop_at else 0):
+        raise RuntimeError("\n".join([f"exit code {run.returncode}", *lines[-6:]]))
+    return lines
 
-    def last(start: str) -> dict[str, str]:
-        """The pairs of the last line that starts so."""
-        return dict(re.findall(KEYS, [line for line in lines if line.startswith(start)][-1]))
 
-    steps = [dict(re.findall(KEYS, line)) for line in lines if re.match(r"step:\d+/\d+ train_loss", line)]
-    total = float(steps[-1]["train_time"][:-2]) - float(steps[5]["train_time"][:-2])  # steps 1 to 5, then every 100th
-    artifact = last("artifact bits:")
+def pairs(lines: list[str], begin: str) -> dict[str, str]:
+    """The key:value pairs of the last line that begins so."""
+    return dict(re.findall(KEYS, [line for line in lines if line.startswith(begin)][-1]))
+
+
+def timed(lines: list[str]) -> tuple[float, int]:
+    """(milliseconds, steps) between the second logged step that is a multiple of 10 and the last one."""
+    steps = [pairs([line], "step:") for line in lines if re.match(r"step:\d+0/\d+ train_loss", line)]
+    first, last = ((float(s["train_time"][:-2]), int(s["step"])) for s in (steps[min(1, len(steps) - 1)], steps[-1]))
+    return last[0] - first[0], last[1] - first[1]
+
+
+BASES: dict[tuple[str, int], Any] = defaultdict(threading.Lock)
+
+
+def base_run(proxy: str, seed: int, args: argparse.Namespace) -> tuple[Path, list[str]]:
+    """(checkpoint, console lines) of the default, stopped at `FORK_AT` of its steps; made when there is none."""
+    kept = Path(args.forks, f"{proxy}-{seed}.ckpt")
+    with BASES[proxy, seed]:
+        if not kept.exists():
+            with tempfile.TemporaryDirectory() as name:
+                settings = settings_of(RECIPES["default"], proxy, seed, args.script.read_text(), args)
+                stop_at = round(FORK_AT * PROXIES[proxy]["ITERATIONS"])
+                lines = start(args.script.read_text(), Path(name), {**settings, "CHECKPOINT_EVERY": 1e9}, args, stop_at)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.with_suffix(".log").write_text("\n".join(lines))
+                shutil.move(max(Path(name, "logs").glob("*.ckpt")), kept)
+    return kept, kept.with_suffix(".log").read_text().splitlines()
+
+
+def settings_of(recipe: Recipe, proxy: str, seed: int, script: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The environment of a run: proxy, limit, recipe, seed."""
+    limit = len(script.encode()) + round(0.572 * PARAMETERS[proxy])
+    if "RECIPE" in recipe.settings:
+        limit = 16_000_000
     return {
-        "recipe": recipe, "proxy": proxy, "seed": seed, "params": int(last("model params")["params"]),
-        "final_bpb": float(last("final_sliding")["val_bpb"]), "float_bpb": float(last("float_sliding")["val_bpb"]),
+        **COMMON, **PROXIES[proxy], "ARTIFACT_LIMIT_BYTES": limit, **recipe.settings, "SEED": seed, "DATA_PATH": "data",
+        "TOKENIZER_PATH": Path(args.tokenizer).resolve(), "RUN_ID": "run",
+    }  # fmt: skip
+
+
+def one_run(name: str, proxy: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run the script and read the figures from its console output."""
+    recipe, script, earlier = RECIPES[name], args.script.read_text(), list[str]()
+    for old, new in recipe.edits:
+        assert old in script, f"{name}: the script has no {old!r}: bring the edit up to date"
+        script = script.replace(old, new)
+    settings = settings_of(recipe, proxy, seed, script, args)
+    with tempfile.TemporaryDirectory() as folder:
+        if recipe.forks:
+            checkpoint, earlier = base_run(proxy, seed, args)
+            spec = importlib.util.spec_from_file_location("script", args.script)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules["script"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            state = module.load_tensors(checkpoint)
+            fields = {field.upper(): type(value) for field, value in state["config"].items()}
+            state["config"] |= {k.lower(): fields[k](v) for k, v in settings.items()}  # else it would be refused
+            Path(folder, "logs").mkdir()
+            module.save_tensors(Path(folder, "logs", f"run.{state['step']:09d}.ckpt"), state)
+            settings["RESUME"] = 1
+        lines = start(script, Path(folder), settings, args)
+    times = [timed(part) for part in (earlier, lines) if part]
+    artifact, weights = pairs(lines, "artifact bits:"), pairs(lines, "export weights")
+    return {
+        "recipe": name, "proxy": proxy, "seed": seed, "params": int(pairs(lines, "model params")["params"]),
+        "final_bpb": float(pairs(lines, "final_sliding")["val_bpb"]),
+        "float_bpb": float(pairs(lines, "float_sliding")["val_bpb"]),
         "model_bytes": int(artifact["model_bytes"]), "bits": artifact["bits"],
-        "step_ms": total / (PROXIES[proxy]["ITERATIONS"] - 100),
-        "weights": last("export weights")["weights"], "rounding": last("export weights")["rounding"],
-        "settings": {k: v for k, v in settings.items() if "PATH" not in k},
+        "step_ms": sum(ms for ms, _ in times) / sum(steps for _, steps in times), "weights": weights["weights"],
+        "rounding": weights["rounding"], "settings": {k: v for k, v in settings.items() if "PATH" not in k},
     }  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean, deviation and the paired difference from pr314 per proxy and recipe, in Markdown."""
+    """Mean, deviation and the paired differences per proxy and recipe, in Markdown."""
     found = {(r["recipe"], r["proxy"], r["seed"]): r for r in rows}
-    out = [
-        "| proxy | recipe | seeds | final bpb | std | against pr314 (same seeds) | gap to noqat float | model bytes "
-        "| ms a step |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ("proxy", "recipe", "seeds", "float bpb", "final bpb", "std", "against pr314", "against default",
+             "gap to noqat", "model bytes", "ms a step")  # fmt: skip
+    out = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+
+    def against(runs: list[dict[str, Any]], *others: str, field: str = "final_bpb") -> str:
+        """Mean difference of the final bpb from the best of the others with the same seed, where they are there."""
+        differences = [r["final_bpb"] - min(found[o, r["proxy"], r["seed"]][field] for o in others)
+                       for r in runs if all((o, r["proxy"], r["seed"]) in found for o in others)]  # fmt: skip
+        count = f" ({len(differences)} of {len(runs)})" if 0 < len(differences) < len(runs) else ""
+        return f"{mean(differences):+.4f}{count}" if differences and [*others] != [runs[0]["recipe"]] else ""
+
     for proxy in PROXIES:
         for recipe in RECIPES:
             runs = [r for (a, b, _), r in sorted(found.items()) if (a, b) == (recipe, proxy)]
             if not runs:
                 continue
             bpb = [r["final_bpb"] for r in runs]
-            pairs = [r["final_bpb"] - found["pr314", proxy, r["seed"]]["final_bpb"] for r in runs
-                     if ("pr314", proxy, r["seed"]) in found]  # fmt: skip
-            gaps = [r["final_bpb"] - found["noqat", proxy, r["seed"]]["float_bpb"] for r in runs
-                    if ("noqat", proxy, r["seed"]) in found]  # fmt: skip
-            cells = [proxy, recipe, ", ".join(str(r["seed"]) for r in runs), f"{mean(bpb):.4f}",
-                     f"{stdev(bpb):.4f}" if len(bpb) > 1 else "", f"{mean(pairs):+.4f}" if pairs else "",
-                     f"{mean(gaps):+.4f}" if gaps else "", f"{mean(r['model_bytes'] for r in runs):.0f}",
+            cells = [proxy, recipe, ", ".join(str(r["seed"]) for r in runs),
+                     f"{mean(r['float_bpb'] for r in runs):.4f}", f"{mean(bpb):.4f}",
+                     f"{stdev(bpb):.4f}" if len(bpb) > 1 else "", against(runs, "pr314"),
+                     against(runs, "default"), against(runs, "noqat", "noqat_swa", field="float_bpb"),
+                     f"{mean(r['model_bytes'] for r in runs):.0f}",
                      f"{mean(r['step_ms'] for r in runs):.0f}"]  # fmt: skip
             out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
@@ -137,8 +291,11 @@ def main() -> int:
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
     parser.add_argument("--results", type=Path, default=ROOT / "logs" / "ablations.jsonl")
     parser.add_argument("--val-tokens", type=int, default=131073, help="how much of the validation split is scored")
+    parser.add_argument("--forks", type=Path, default=ROOT / "logs" / "cache" / "forks", help="keeps stopped runs")
+    parser.add_argument("--only", default="", help='regular expression: run only what matches "recipe proxy seed"')
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--write", action="store_true", help="run nothing; put the table into logs/ABLATIONS.md")
     args = parser.parse_args()
     lines = args.results.read_text().splitlines() if args.results.is_file() else []
     rows = [json.loads(line) for line in lines]
@@ -148,18 +305,23 @@ def main() -> int:
         """One run, kept at once."""
         try:
             row = one_run(*key, args)
-        except RuntimeError as error:
-            print(error, file=sys.stderr, flush=True)
+        except (RuntimeError, AssertionError) as error:
+            print(*key, error, file=sys.stderr, flush=True)
             return
         rows.append(row)
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(*key, row["final_bpb"], flush=True)
 
-    if not args.table:
+    if not (args.table or args.write):
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(job, [key for key in ORDER if key not in done]))
+            wanted = [key for key in ORDER if key not in done and re.search(args.only, "{} {} {}".format(*key))]
+            list(pool.map(job, wanted))
     print(table(rows))
+    if args.write:
+        page = ROOT / "logs" / "ABLATIONS.md"
+        before, after = re.split(r"(?<=<!-- table -->\n)(?:.|\n)*(?=\n<!-- /table -->)", page.read_text("utf-8"))
+        page.write_text(before + table(rows) + after, encoding="utf-8")
     return 0
 
 

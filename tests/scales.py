@@ -1,0 +1,60 @@
+"""Would a search per row beat the formula of `row_scale`? `python tests/scales.py logs/RUN.weights` prints a table.
+
+For each matrix of a trained run: the grid of the formula nearest to 4.5 bits a weight, against scales that are searched
+row by row for the least error + price * bits (17 candidates a row, four rounds in which the code table follows the
+choice). Errors are weighed by the rows' costs, as in the plan; the search's error is brought to the formula's number of
+bytes along the slope of the rate table. Below 1 the search is better."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from tools import t
+
+TARGET_BITS, ROUNDS = 4.5, 4
+
+
+def search(weight: torch.Tensor, cost: torch.Tensor, step: float, price: float) -> tuple[float, float]:
+    """(bytes, weighed error) with the scales that a search per row finds; `price`: error that a bit may save."""
+    base = step * weight.square().mean().sqrt()
+    widest = weight.abs().amax(dim=1) / 127
+    codes, errors = [], []
+    for power in range(-8, 9):
+        scale = torch.maximum(base * 2.0 ** (power / 4), widest).half().float()
+        codes.append(t.round_to_grid(weight, scale, t.QuantSpec(8)).long() + 128)
+        errors.append((weight - (codes[-1] - 128) * scale.unsqueeze(1)).square().sum(dim=1) * cost)
+    stacked, error, rows = torch.stack(codes), torch.stack(errors), torch.arange(len(weight))
+    pick = torch.full((len(weight),), 8)
+    for _ in range(ROUNDS):
+        counts = torch.bincount(stacked[pick, rows].flatten(), minlength=256) + 0.02
+        bits = -(counts / counts.sum()).log2()
+        pick = (error + price * bits[stacked].sum(dim=2)).argmin(dim=0)
+    return t.order0_bytes(stacked[pick, rows] - 128) + 2 * len(weight), float(error[pick, rows].sum())
+
+
+def main() -> None:
+    """Print a row per matrix."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    trained = t.load_tensors(parser.parse_args().weights, "weights", "costs")
+    print("| matrix | bits | error of the search / of the formula |\n|---|---|---|")
+    ratios = list[float]()
+    for name, cost in trained["costs"].items():
+        weight = trained["weights"][name].float()
+        points = [p for p in t.rate_table({name: weight}, {name: cost}, {})[name] if p[2] is not None]
+        at = min(range(1, len(points) - 1), key=lambda i: abs(8 * points[i][0] / weight.numel() - TARGET_BITS))
+        (less, worse, _), (size, formula, grid), (more, better, _) = points[at - 1 : at + 2]
+        found = list[float]()
+        for factor in (0.7, 0.85, 1.0, 1.2):  # of the price, so that one of them comes out near the formula's bytes
+            got, error = search(weight, cost, grid.step, factor * (worse - better) / (8 * (more - less)))
+            found.append(error * math.exp(math.log(worse / better) / (more - less) * (got - size)))
+        ratios.append(min(found) / formula)
+        print(f"| {name} | {8 * size / weight.numel():.2f} | {ratios[-1]:.3f} |", flush=True)
+    print(f"| mean of {len(ratios)} | | {sum(ratios) / len(ratios):.3f} |")
+
+
+if __name__ == "__main__":
+    main()
