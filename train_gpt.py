@@ -1101,22 +1101,22 @@ def export(trained: Trained, cfg: Config, log: Log, tokenizer: str) -> tuple[Pat
     started, path, code_bytes = time.monotonic(), Path("logs", f"{cfg.run_id}.ptz"), Path(__file__).stat().st_size
     state, limit = trained["weights"], cfg.artifact_limit_bytes
     kept = {name: QuantSpec(*values) for name, values in trained["grids"].items()}
-    plan, table, budget = starting_plan(state, cfg) | kept, RateTable(), AIM * (limit - code_bytes)
-    if cfg.rate_control:
-        table = rate_table(state, trained["costs"], kept)
-        if sum(points[0][0] for points in table.values()) > limit - code_bytes:  # the trained grids would not fit
-            table = rate_table(state, trained["costs"], {})
+    plan, table, budget, begun = starting_plan(state, cfg) | kept, RateTable(), AIM * (limit - code_bytes), started
+    for grids in (kept, {}) if cfg.rate_control else ():  # without the trained grids where they would not fit
+        table = rate_table(state, trained["costs"], grids)
+        if sum(points[0][0] for points in table.values()) <= limit - code_bytes: break
     tried: list[tuple[bool, int, QuantPlan, StoredState, bytes]] = []
     for _ in range(EXPORT_ROUNDS if cfg.rate_control else 1):
-        if cfg.rate_control: plan = allocate(table, budget)
+        plan, planned = allocate(table, budget) if cfg.rate_control else plan, time.monotonic()
         if any(plan == earlier for _, _, earlier, _, _ in tried): break  # all that the menu of grids offers
-        stored = quantize_state(state, plan, cfg, log, trained["hessians"])
-        content = encode_artifact(stored, plan, cfg, tokenizer)
+        stored, rounded = quantize_state(state, plan, cfg, log, trained["hessians"]), time.monotonic()
+        content, packed = encode_artifact(stored, plan, cfg, tokenizer), time.monotonic()
         total = code_bytes + len(content)
-        log(f"artifact round:{len(tried)} artifact_bytes:{total} time:{1000 * (time.monotonic() - started):.0f}ms")
+        log(f"artifact round:{len(tried)} artifact_bytes:{total} plan_time:{1000 * (planned - begun):.0f}ms "
+            f"rounding_time:{1000 * (rounded - planned):.0f}ms zstd_time:{1000 * (packed - rounded):.0f}ms")
         tried.append((total <= limit, total if total <= limit else -total, plan, stored, content))
         if FULL_ENOUGH * limit <= total <= limit: break
-        budget *= (AIM if total < limit else AIM**2) * (limit - code_bytes) / (total - code_bytes)
+        budget, begun = budget * (AIM if total < limit else AIM**2) * (limit - code_bytes) / len(content), packed
     _, size, plan, stored, content = max(tried, key=lambda trial: trial[:2])  # the largest that fits, or the smallest
     total = abs(size)
     write_atomically(path, content)
@@ -1256,12 +1256,12 @@ class Trainer:
         self.model.refresh(False)
         self.rt.log(f"warm_up steps:{self.cfg.warmup_steps} time:{time.monotonic() - started:.3g}s (undone)")
     def calibration_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(input_ids, target_ids) of this rank's share of CALIBRATION_TOKENS, which the next steps would read."""
-        rt, cfg, seq_len = self.rt, self.cfg, self.cfg.train_seq_len
-        count, each = max(1, cfg.calibration_tokens // (seq_len * rt.world_size)), max(1, CALIBRATION_BATCH // seq_len)
-        start = self.step * cfg.train_batch_tokens + rt.rank * count * seq_len
-        tokens = torch.from_numpy(self.shards.read(start, count * seq_len + 1)).to(rt.device)
-        yield from zip(*(part.view(-1, seq_len).split(each) for part in (tokens[:-1], tokens[1:])), strict=True)
+        """(input_ids, target_ids) of this rank's share of CALIBRATION_TOKENS: sequences spread evenly over the data."""
+        rt, seq_len = self.rt, self.cfg.train_seq_len
+        count = max(1, self.cfg.calibration_tokens // (seq_len * rt.world_size))
+        starts = (i * self.shards.total // (count * rt.world_size) for i in range(rt.rank * count, (rt.rank + 1) * count))
+        tokens = torch.from_numpy(np.stack([self.shards.read(at, seq_len + 1) for at in starts])).to(rt.device)
+        yield from ((x[:, :-1], x[:, 1:]) for x in tokens.split(max(1, CALIBRATION_BATCH // seq_len)))
     def measure(self) -> None:
         """From calibration tokens: `costs` of errors in rows (mean squared gradients), `products` (C, C) of inputs."""
         costs, products = defaultdict[str, Any](float), defaultdict[str, Any](float)

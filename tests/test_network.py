@@ -257,6 +257,22 @@ def test_weight_average() -> None:
         torch.testing.assert_close(mean, torch.stack([s[name] for s in snapshots]).mean(0), atol=1e-6, rtol=1e-5)
 
 
+def test_calibration_tokens_are_spread_over_the_data() -> None:
+    """Sequences at equal distances from the first token to near the last; ranks share them without overlap."""
+    cfg = config(calibration_tokens=256)  # 8 sequences of 32
+    trainer = t.Trainer(model_for(cfg), t.open_data(cfg, runtime()), cfg, runtime())
+    apart = trainer.shards.total // 8
+    want = torch.stack([torch.from_numpy(trainer.shards.read(i * trainer.shards.total // 8, 33)) for i in range(8)])
+    assert apart > 33
+    for ranks in (1, 2):
+        parts = []
+        for rank in range(ranks):
+            trainer.rt = types.SimpleNamespace(rank=rank, world_size=ranks, device=torch.device("cpu"))  # type: ignore
+            parts += list(trainer.calibration_batches())
+        inputs, targets = (torch.cat(side) for side in zip(*parts, strict=True))
+        assert torch.equal(inputs, want[:, :-1]) and torch.equal(targets, want[:, 1:])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_training_step() -> None:
     """One compiled bf16 step on a GPU."""
