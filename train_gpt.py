@@ -98,7 +98,7 @@ class Config:
     swa_enabled: bool = knob(True, "1: average weights over the warmdown (SWA)")
     swa_start_frac: float = knob(0.4, "collect snapshots once lr_scale is below this", least=0, most=1)
     swa_every: int = knob(50, "steps between snapshots", least=1)
-    qat_start_frac: float = knob(0.95, "progress at which fake quantization starts (1 = never)", least=0, most=1)
+    qat_start_frac: float = knob(0.92, "progress at which fake quantization starts (1 = never)", least=0, most=1)
     swa_always: bool = knob(False, "1: export the average; 0: it or the last weights, by the loss on training tokens")
     error_feedback: bool = knob(True, "1: round with error feedback (GPTQ) where that helps on training tokens")
     rate_control: bool = knob(True, "1: choose every matrix's grid so that the limit is filled; the bits are the start")
