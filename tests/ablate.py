@@ -43,7 +43,7 @@ PROXIES: dict[str, dict[str, Any]] = {
     "long": {"MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "BIGRAM_VOCAB_SIZE": 2048, "ITERATIONS": 3000,
              "WARMDOWN_ITERS": 1200},
     "large": {"MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "ITERATIONS": 500, "WARMDOWN_ITERS": 200},
-    "screen": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 300, "WARMDOWN_ITERS": 120,
+    "screen": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 200, "WARMDOWN_ITERS": 80,
                "EVAL_STRIDE": 0},
 }  # fmt: skip
 TRAINED_TOKENS = 24_600_000  # at most, by a proxy
@@ -154,7 +154,8 @@ KEYS = r"(\w+):([-+.,\w]+)"
 
 def short_split(args: argparse.Namespace, folder: Path) -> None:
     """A data folder: links to the training shards, and as validation split the first tokens of the first shard, or, to
-    tune on, as many of the training split that no proxy reads: windows spread over all from token 24.6 million on."""
+    tune on, as many of the training split that no step of a proxy reads: windows spread over all from token 24.6
+    million on (under 1% of them are calibration's, too)."""
     folder.mkdir()
     shards = sorted(Path(args.data).resolve().glob("fineweb_train_*.bin"))
     for shard in shards:
@@ -242,6 +243,8 @@ def one_run(name: str, proxy: str, seed: int, args: argparse.Namespace) -> dict[
             state = train_gpt.load_tensors(checkpoint)
             fields = {field.upper(): type(value) for field, value in state["config"].items()}
             state["config"] |= {k.lower(): fields[k](v) for k, v in settings.items()}  # else it would be refused
+            if not state["config"]["swa_enabled"]:
+                state["swa"]["n_averaged"].zero_()
             Path(folder, "logs").mkdir()
             train_gpt.save_tensors(Path(folder, "logs", f"run.{state['step']:09d}.ckpt"), state)
             settings["RESUME"] = 1
@@ -295,15 +298,18 @@ def main() -> int:
     parser.add_argument("--data", help="folder of shards")
     parser.add_argument("--tokenizer")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
-    parser.add_argument("--results", type=Path, default=ROOT / "logs" / "ablations.jsonl")
+    parser.add_argument("--results", type=Path, help="logs/ablations.jsonl, with --held-back logs/tuning.jsonl")
     parser.add_argument("--val-tokens", type=int, default=131073, help="how much of the validation split is scored")
     parser.add_argument("--forks", type=Path, default=ROOT / "logs" / "cache" / "forks", help="keeps stopped runs")
     parser.add_argument("--only", default="", help='regular expression: run only what matches "recipe proxy seed"')
-    parser.add_argument("--held-back", action="store_true", help="score training tokens that no proxy reads")
+    parser.add_argument("--held-back", action="store_true", help="score training tokens that no step reads")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--write", action="store_true", help="run nothing; put the table into logs/ABLATIONS.md")
     args = parser.parse_args()
+    args.results = args.results or ROOT / "logs" / ("tuning.jsonl" if args.held_back else "ablations.jsonl")
+    if not (args.table or args.write or (args.data and args.tokenizer)):
+        parser.error("--data and --tokenizer say what to train on; --table and --write need neither")
     lines = args.results.read_text().splitlines() if args.results.is_file() else []
     rows = [json.loads(line) for line in lines]
     done = {(r["recipe"], r["proxy"], r["seed"]) for r in rows}

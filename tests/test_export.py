@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,26 @@ def test_limit_is_kept_and_used(seed: int, tmp_path: Path, monkeypatch: pytest.M
     mlp = {n: s for n, s in t.allocate(table, 0.9 * (limit - CODE_BYTES)).items() if t.category(n) == "mlp"}
     lines: list[str] = []
     total, fits = exported(cfg, state, mlp if rng.random() < 0.5 else {}, lines)
-    assert fits and total <= limit, lines[-3:]
+    assert fits and total <= limit, [x for x in lines if "round" in x or "artifact_bytes" in x]
     finest = sum(max(size for size, _, spec in points if spec) for points in table.values() if points[0][2])
     assert total >= 0.99 * limit or limit - CODE_BYTES > 0.95 * finest, (total, limit, finest, lines)
+
+
+def test_limit_just_above_the_trained_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the coarsest plan beside the trained grids is predicted to fit and does not, the export goes on without
+    them: limits from well below the size of that plan to above it."""
+    monkeypatch.chdir(tmp_path)
+    Path("logs").mkdir()
+    cfg = config(run_id="x", rate_control=1, prune_frac=0, mlp_prune_frac=0, model_dim=64, bigram_vocab_size=500)
+    state = weights(cfg, 0, 0.1, 0.3)
+    plan = t.allocate(t.rate_table(state, {}, {}), 0.6 * sum(w.numel() for w in state.values()))
+    mlp = {name: spec for name, spec in plan.items() if t.category(name) == "mlp"}
+    table = t.rate_table(state, {}, mlp)
+    coarsest = sum(points[0][0] for points in table.values())
+    for share in (0.97, 1.0, 1.005, 1.01, 1.02, 1.04, 1.08, 1.2):
+        limit = CODE_BYTES + round(share * coarsest)
+        total, fits = exported(t.dataclasses.replace(cfg, artifact_limit_bytes=limit), state, mlp, [])
+        assert fits and total <= limit, (share, total, limit)
 
 
 def test_too_small_a_limit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,3 +127,5 @@ def test_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
              for n, s in shapes.items()}  # fmt: skip
     total, fits = exported(cfg, state, {}, lines)
     assert fits and 15_900_000 <= total <= 16_000_000, lines[-4:]
+    assert float(re.findall(r"export_time:(\d+)ms", lines[-1])[0]) < 8 * 60 * 1000
+    assert all(re.search(r"plan_time:\d+ms rounding_time:\d+ms zstd_time:\d+ms", x) for x in lines if "round:" in x)

@@ -84,6 +84,33 @@ def test_ranks_train_alike(finished: tuple[Path, str], without_qat: str, tmp_pat
         assert len(list((tmp_path / "logs").glob(f"q{qat_start_frac}.*"))) == 3  # .txt, .weights, .ptz
 
 
+def test_ranks_plan_and_choose_alike(tmp_path: Path) -> None:
+    """With a plan from data, QAT from the middle on, error feedback and a choice of weights: 2 ranks do what 1 does."""
+    outputs = []
+    for ranks in (0, 2):
+        done = run(
+            tmp_path,
+            ranks,
+            run_id=f"r{ranks}",
+            iterations=20,
+            warmdown_iters=10,
+            qat_start_frac=0.5,
+            rate_control=1,
+            error_feedback=1,
+            swa_always=0,
+            artifact_limit_bytes=(ROOT / "train_gpt.py").stat().st_size + 45000,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout)
+    one, two = outputs
+    for key in ("last_nearest_loss", "swa_nearest_loss", "val_loss", "train_loss"):
+        assert values(one, key) and values(two, key) == pytest.approx(values(one, key), rel=2e-3), key
+    feedback = re.compile(r"(?:last|swa)_feedback(?:_but_mlp)?_loss:([0-9.]+)")
+    assert len(feedback.findall(one)) == 2 == len(feedback.findall(two))
+    assert re.findall(r"plan step:\d+", one) == re.findall(r"plan step:\d+", two) == ["plan step:10"]
+    assert values(two, "artifact_bytes")[-1] == pytest.approx(values(one, "artifact_bytes")[-1], rel=0.004)
+
+
 def test_two_runs_are_bitwise_equal(finished: tuple[Path, str], tmp_path: Path) -> None:
     """One seed: the same losses and the same artifact; compile warm-up steps leave no trace."""
     done = run(tmp_path, run_id="two", iterations=20, warmdown_iters=10, val_loss_every=10, swa_every=2, warmup_steps=3)
