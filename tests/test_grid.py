@@ -41,6 +41,23 @@ def test_grid(bits: int) -> None:
     assert not t.dequantize_per_row(codes, scale)[3].any()
 
 
+@pytest.mark.parametrize("step", [0.02, 0.3, 1.5])
+def test_scales_of_a_planned_grid(step: float) -> None:
+    """At most 8 values per octave, no more than 1/8 over the formula's, and never so small that a weight is cut."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(200, 64, generator=generator) * torch.exp(torch.randn(200, 1, generator=generator))
+    cost = torch.rand(200, generator=generator) ** 4
+    scale = t.row_scale(weight, t.QuantSpec(8, step, cost))
+    mantissa = torch.frexp(scale)[0]
+    assert torch.equal(16 * mantissa, (16 * mantissa).round()) and torch.equal(scale, scale.half().float())
+    size = weight.square().mean(dim=1).sqrt()
+    wanted = step * size.mean() ** (1 - t.SIZE_POWER) * size**t.SIZE_POWER
+    wanted = torch.maximum(wanted * (cost / cost.mean() + t.LEAST_COST) ** t.COST_POWER, weight.abs().amax(1) / 127)
+    assert (scale >= wanted * 0.999999).all() and (scale <= wanted * 1.126).all()
+    error = (t.fake_quantize_per_row(weight, scale, t.QuantSpec(8, step, cost)) - weight).abs()
+    assert (error <= scale.unsqueeze(1) / 2 + 1e-6).all()
+
+
 def test_straight_through() -> None:
     """The value is the quantized one, the gradient is the identity."""
     layer = t.CastedLinear(5, 4, t.QuantSpec(4))
