@@ -1308,8 +1308,8 @@ class Trainer:
         return float(torch.divide(*self.rt.all_reduce(sums)))
     def choose_weights(self) -> Trained:
         """Average (of two snapshots or more) or last weights, nearest or error feedback: what does best in training."""
-        cfg, weights = self.cfg, {"last": weights_of(self.model)} | ({"swa": weights_of(self.swa.module)}
-                                  if self.swa.n_averaged > 1 else {})
+        cfg, begun, weights = self.cfg, time.perf_counter(), {"last": weights_of(self.model)}
+        if self.swa.n_averaged > 1: weights["swa"] = weights_of(self.swa.module)
         def keep(weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> Trained:  # what `export` needs, on disk
             trained = {"weights": weights, "costs": self.costs, "hessians": hessians, "grids": plain(self.grids),
                        "config": dataclasses.asdict(cfg)}
@@ -1325,10 +1325,10 @@ class Trainer:
         losses = {(w, "nearest"): self.quantized_loss(weights[w], {}) for w in weights if len(weights) > 1 or found}
         chosen = min(losses, key=losses.__getitem__, default=([*weights][-1], ""))[0]
         losses |= {(chosen, h): self.quantized_loss(weights[chosen], hessians[h]) for h in [*hessians][1:]}
-        rounding = min(hessians, key=lambda h: losses.get((chosen, h), 0.0))
-        tried = "".join(f" {w}_{h}_loss:{loss:.5f}" for (w, h), loss in losses.items())
-        self.rt.log(f"export weights:{chosen} rounding:{rounding} snapshots:{int(self.swa.n_averaged)}{tried}")
-        return keep(weights[chosen], hessians[rounding])
+        how = min(hessians, key=lambda h: losses.get((chosen, h), 0.0))
+        out = [f"{w}_{h}_loss:{x:.5f}" for (w, h), x in losses.items()] + [f"time:{time.perf_counter() - begun:.3g}s"]
+        self.rt.log(" ".join([f"export weights:{chosen} rounding:{how} snapshots:{int(self.swa.n_averaged)}", *out]))
+        return keep(weights[chosen], hessians[how])
     def step_seconds(self) -> float:  # median of the recent ones; 0 before there are 5, since the first are slow
         return float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
     def absorb(self, metrics: list[float], lr_scale: float) -> None:

@@ -14,6 +14,7 @@ what the quantization gap is counted from (averaging was worse with the first se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -241,8 +242,8 @@ def one_run(name: str, proxy: str, seed: int, args: argparse.Namespace) -> dict[
         if recipe.forks:
             checkpoint, earlier = base_run(proxy, seed, args)
             state = train_gpt.load_tensors(checkpoint)
-            fields = {field.upper(): type(value) for field, value in state["config"].items()}
-            state["config"] |= {k.lower(): fields[k](v) for k, v in settings.items()}  # else it would be refused
+            config, _, _ = train_gpt.load_config({k: str(v) for k, v in settings.items()})
+            state["config"] = dataclasses.asdict(config)  # else the checkpoint would be refused
             if not state["config"]["swa_enabled"]:
                 state["swa"]["n_averaged"].zero_()
             Path(folder, "logs").mkdir()
