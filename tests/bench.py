@@ -1,7 +1,7 @@
 """How fast is it, and what does it cost? Markdown tables of everything that a user waits for.
 
     python tests/bench.py                          all sections, about 20 minutes on 2 idle CPU cores
-    python tests/bench.py eval train --compiled    some of them: eval muon train scale startup export compile paper
+    python tests/bench.py eval train --compiled    some: eval muon train recipes scale startup export compile paper
 
 It needs no data: speed is measured on random tokens, bits per byte on the demo corpus, or with --data and --tokenizer
 on shards (--artifact scores a trained artifact, too). Every ratio is the median over rounds that run one variant after
@@ -743,10 +743,48 @@ def section_paper(args: argparse.Namespace) -> Iterator[str]:
     )
 
 
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+def recipe_row(sizes: dict[str, Any], repeats: int) -> Row:
+    """A compiled step of the default, without and with fake quantization, against one of pr314; 8% of the default's
+    steps are fake-quantized, all of pr314's."""
+    sizes = sizes | {"bigram_dim": 64, "calibration_tokens": 4096, "artifact_limit_bytes": 10**7}
+    default = trainer_for(config(**sizes), True)
+    literal = trainer_for(config(recipe="pr314", **sizes), True)
+    for trainer in (default, literal):
+        trainer.step = 1
+        trainer.start_qat()
+
+    def step(trainer: t.Trainer, quantized: bool) -> None:
+        """One step with a learning rate that changes next to nothing."""
+        trainer.qat_active = quantized
+        trainer.train_step(1e-6, 10)
+
+    plain, late, other = alternating(
+        repeats, lambda: step(default, False), lambda: step(default, True), lambda: step(literal, True)
+    )
+    share = 1 - default.cfg.qat_start_frac
+    whole = [(1 - share) * a + share * b for a, b in zip(plain, late, strict=True)]
+    times = (f"{1000 * median(seconds):.0f}" for seconds in (plain, late, other))
+    return f"11 layers, width {sizes['model_dim']}", *times, ratio(whole, other)
+
+
+def section_recipes(args: argparse.Namespace) -> Iterator[str]:
+    """The default recipe's step against the literal design's."""
+    small = {"train_seq_len": 256, "model_dim": 128, "num_heads": 2, "num_kv_heads": 1}
+    large = {"train_seq_len": 256, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
+    yield markdown(
+        "A training step of the default and of RECIPE=pr314 (8,192 tokens, compiled)",
+        "model | default, ms | with fake quantization, ms | pr314, ms | default / pr314",
+        (recipe_row(sizes, 4 * args.repeats) for sizes in (small, large)),
+        "Target: at most 1.05.",
+    )
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "eval": section_eval,
     "muon": section_muon,
     "train": section_train,
+    "recipes": section_recipes,
     "scale": section_scale,
     "startup": section_startup,
     "export": section_export,
