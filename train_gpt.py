@@ -391,7 +391,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
             add_dummy_prefix=False, max_sentence_length=1 << 20, num_threads=1, minloglevel=2,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3)
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size}: give more text or change it ({error})") from None
+        raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it ({error})") from None
     return model.getvalue()
 def build_corpus(documents: list[str], folder: Path, vocab_size: int, val_bytes: tuple[int, int]) -> None:
     """Train a tokenizer on the training documents and write tokenizer and shards into `folder`, all or nothing."""

@@ -686,15 +686,17 @@ def test_ranks_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_token_in_mid_shard(tmp_path: Path) -> None:
-    """A token beyond the vocabulary where no block is read at start: exit code 2 when its batch comes."""
+    """A token beyond the vocabulary where no block is read at start: exit code 2 when its batch comes, and before the
+    first step where calibration would read it."""
     data = random_shards(tmp_path / "data", train=140000)
-    spoil(data / "fineweb_train_000000.bin", 1024 + 2 * 70000, b"\xff\xff")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "CHECK_BLOCK", 100)
-        spoil(data / "fineweb_train_000000.bin", 1024 + 2 * 700, b"\xff\xff")
-        done = cli(tmp_path, PLAIN, data_path=data)
-    assert done.code == 2 and "token id 65535 is beyond VOCAB_SIZE=320" in done.err
-    assert 1 <= len(values(done.out, "train_loss")) <= 2 and names(tmp_path, "*.ckpt")
+    for position, steps in ((700, (1, 2)), (70000, (0, 0))):
+        spoil(data / "fineweb_train_000000.bin", 1024 + 2 * position, b"\xff\xff")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(t, "CHECK_BLOCK", 100)
+            done = cli(tmp_path, {**PLAIN, "run_id": f"x{position}"}, data_path=data)
+        assert done.code == 2 and "token id 65535 is beyond VOCAB_SIZE=320" in done.err
+        assert steps[0] <= len(values(done.out, "train_loss")) <= steps[1]
+        assert bool(names(tmp_path, f"x{position}*.ckpt")) == bool(steps[1])
 
 
 def test_misspelled_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
