@@ -1,5 +1,5 @@
 """Train, quantize, compress and score a language model in 16,000,000 bytes: one file for the Parameter Golf challenge.
-"11L Int4 MLP QAT + BigramHash(10240) + SWA": a U-Net-skip transformer of 27,878,489 parameters whose MLP weights end
+"11L Int4 MLP QAT + BigramHash(10240) + SWA": a U-Net-skip transformer of 27,879,565 parameters whose MLP weights end
 their training under straight-through fake quantization (grids of 2 to 8 bits that fill the file best). The last or
 the averaged weights are stored in one zstd-22 frame, read back and scored: the last log line is about the file on disk.
     DEMO=1 python train_gpt.py                              a laptop: no download, a few minutes on 2 CPU cores
@@ -71,6 +71,8 @@ class Config:
     mlp_mult: int = knob(3, "MLP hidden size over model_dim", least=1)
     relu_slope: float = knob(0.5, "slope of the squared ReLU below zero", least=0, most=1)
     xsa_layers: int = knob(4, "last layers with exclusive self-attention (XSA)", least=0)
+    value_residual: bool = knob(True, "1: later layers mix the first one's values into their own")
+    attention_gate: bool = knob(True, "1: a gate per head, computed from the layer's input, on what attention gives")
     vocab_size: int = knob(1024, "tokens of the tokenizer", least=1, most=65536)
     tie_embeddings: bool = knob(True, "1: the output head is the token embedding")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", least=0)
@@ -112,13 +114,13 @@ class Config:
     artifact_limit_bytes: int = knob(16_000_000, "limit for code plus model, decimal bytes", least=1)
     compute_dtype: str = knob("auto", "auto: float32 on a CPU without bf16", choices=("auto", "bfloat16", "float32"))
     compile: str = knob("auto", "torch.compile: 1, 0, or auto (on CUDA only)", choices=("auto", "0", "1"))
-MODEL_FIELDS = ("num_layers model_dim num_heads num_kv_heads mlp_mult vocab_size tie_embeddings rope_base "
-                "logit_softcap bigram_vocab_size bigram_dim train_seq_len relu_slope xsa_layers").split()
+MODEL_FIELDS = "num_layers model_dim num_heads num_kv_heads mlp_mult vocab_size tie_embeddings rope_base bigram_dim " \
+    "logit_softcap bigram_vocab_size train_seq_len relu_slope xsa_layers value_residual attention_gate".split()
 RECIPES: dict[str, dict[str, Any]] = {"pr314": {
-    "mlp_bits": 4, "attn_bits": 6, "bigram_bits": 6, "qat_start_frac": 0.0, "rate_control": False,
-    "error_feedback": False, "calibration_reserve": 0.0, "swa_enabled": True, "swa_start_frac": 0.4,
-    "swa_always": True, "mlp_prune_frac": 0.05, "prune_frac": 0.03, "qk_gain_init": 1.5,
-    "relu_slope": 0.0, "xsa_layers": 0, "muon_eq": False, "muon_momentum_end": 0.99}}
+    "mlp_bits": 4, "attn_bits": 6, "bigram_bits": 6, "qat_start_frac": 0.0, "rate_control": False, "swa_enabled": True,
+    "swa_start_frac": 0.4, "swa_always": True, "error_feedback": False, "calibration_reserve": 0.0, "prune_frac": 0.03,
+    "mlp_prune_frac": 0.05, "qk_gain_init": 1.5, "relu_slope": 0.0, "xsa_layers": 0, "value_residual": False,
+    "attention_gate": False, "muon_eq": False, "muon_momentum_end": 0.99}}
 MAY_CHANGE_ON_RESUME = {"resume", "checkpoint_every", "data_path", "tokenizer_path", "micro_batch_tokens", "dry_run",
                         "plan_step_ms", "plan_memory_gb",
                         "val_loss_every", "train_log_every", "eval_float", "eval_batch_seqs", "val_batch_size"}
@@ -359,8 +361,7 @@ def demo_documents() -> Iterator[str]:
     """The docstrings of each module of Python, NumPy, PyTorch; the language reference. Folded space, no repeats."""
     seen, skipped = {""}, {"test", "tests", "testing", "_internal", "site-packages", "idlelib", "lib2to3"}
     roots = Path(sysconfig.get_paths()["stdlib"]), Path(np.__file__).parent, Path(torch.__file__).parent
-    modules = ((root, path) for root in roots for path in sorted(root.rglob("*.py")))
-    sources = (path for root, path in modules if skipped.isdisjoint(path.relative_to(root).parts))
+    sources = (p for root in roots for p in sorted(root.rglob("*.py")) if skipped.isdisjoint(p.relative_to(root).parts))
     groups = (docstrings(path.read_text("utf-8", errors="ignore")) for path in sources)
     for texts in itertools.chain(groups, ([text] for _, text in sorted(topics.items()))):
         folded = dict.fromkeys(" ".join(text.split()) for text in texts)
@@ -386,10 +387,9 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
     """A SentencePiece BPE model from the first 4 MB of the documents; ValueError when they are too few for it."""
     pieces, model = (d[at : at + 4000] for d in documents for at in range(0, len(d), 4000)), io.BytesIO()
     try: sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.islice(pieces, 1000), model_writer=model, vocab_size=vocab_size,
-            model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
-            add_dummy_prefix=False, max_sentence_length=1 << 20, num_threads=1, minloglevel=2,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+            sentence_iterator=itertools.islice(pieces, 1000), model_writer=model, vocab_size=vocab_size, pad_id=0,
+            bos_id=1, eos_id=2, unk_id=3, model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1,
+            normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, max_sentence_length=1 << 20, minloglevel=2)
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it ({error})") from None
     return model.getvalue()
@@ -468,9 +468,8 @@ StoredState = dict[str, tuple[Tensor, ...]]  # name -> (codes int8, scale fp16) 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # what fp16 can store
 PRUNE_ABOVE_ELEMENTS = 65536
 HESSIAN_DAMPING, FEEDBACK_BLOCK = 0.01, 128  # share of the mean diagonal; columns whose errors are passed on together
-# The menu of steps for rate control; how much the steps of rows differ by their size and by what their errors cost.
-STEPS = [1.5 * 2 ** (-i / 6) for i in range(34)]
-SIZE_POWER, COST_POWER, LEAST_COST = 0.3, -0.35, 0.03
+STEPS = [1.5 * 2 ** (-i / 6) for i in range(34)]  # the menu for rate control
+SIZE_POWER, COST_POWER, LEAST_COST = 0.3, -0.35, 0.03  # how steps of rows differ by size and by what errors cost
 def category(name: str) -> str:  # the kind of a parameter: mlp, attn, bigram, embed or small (gains, scales, gates)
     if not name.endswith(("_proj.weight", "embed.weight", "lm_head.weight")): return "small"
     return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
@@ -616,8 +615,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 def visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """Mask (queries, keys): a query, counted from the end as the keys are, sees itself and `window - 1` keys before."""
-    own = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
-    key = torch.arange(keys, device=device)
+    own, key = torch.arange(keys - queries, keys, device=device).unsqueeze(1), torch.arange(keys, device=device)
     return (key <= own) & (key > own - window)
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, kernel: str) -> Tensor:
     """Causal attention (B, S, H, D); queries q (B, S, H, D) are the last S of the T positions of k, v (B, T, KV, D) and
@@ -653,26 +651,34 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, cfg: Config, index: int, kernel: str) -> None:
         super().__init__()
         dim, self.head_dim = cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.window, self.kernel = cfg.train_seq_len, kernel
-        self.exclusive = index >= cfg.num_layers - cfg.xsa_layers
+        self.window, self.kernel, self.exclusive = cfg.train_seq_len, kernel, index >= cfg.num_layers - cfg.xsa_layers
         kv_dim = cfg.num_kv_heads * self.head_dim
         self.q_proj, self.out_proj = CastedLinear(dim, dim), CastedLinear(dim, dim)
         self.k_proj, self.v_proj = CastedLinear(dim, kv_dim), CastedLinear(dim, kv_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-    def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """x (B, T, D) -> output of its last `span` positions (B, span, D), keys and values; `past`: those before x."""
+        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if cfg.value_residual and index else None
+        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, min(12, dim))) if cfg.attention_gate else None
+    def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None, kept: Kept) -> Tensor:
+        """x (B, T, D) -> output of its last `span` positions (B, span, D); `past`: keys and values before x; `kept`:
+        those of the layers below, to which its own are added. Value residual (arXiv:2410.17897): values of the first
+        layer are mixed into those of later ones."""
         batch, length, _ = x.shape
         k, v = (f(x).view(batch, length, -1, self.head_dim) for f in (self.k_proj, self.v_proj))
         q = self.q_proj(x[:, length - span :]).view(batch, span, -1, self.head_dim)
         q = rotate(norm(q), rope[:, length - span :]) * self.q_gain.to(q.dtype).unsqueeze(-1)
-        own = k, v = rotate(norm(k), rope), v
+        if self.value_mix is not None: v = self.value_mix[0] * v + self.value_mix[1] * kept[0][1]
+        k, own = rotate(norm(k), rope), v[:, length - span :]
+        kept.append((k, v))
         if past is not None: k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
         out = attend(q, k, v, self.window, self.kernel)  # (B, span, H, head_dim)
         if self.exclusive:  # XSA: drop the part along the position's own value, which the residual stream has anyway
-            value = F.normalize(own[1][:, length - span :], dim=-1).unsqueeze(3)  # (B, span, KV, 1, head_dim)
+            value = F.normalize(own, dim=-1).unsqueeze(3)  # (B, span, KV, 1, head_dim)
             out = out.view(batch, span, value.size(2), -1, self.head_dim)
             out = out - (out * value).sum(dim=-1, keepdim=True) * value
-        return self.out_proj(out.reshape(batch, span, -1)), own
+        if self.gate is not None:  # computed from 12 channels of x, 1 at first (modded-nanogpt)
+            gate = 2 * torch.sigmoid(F.linear(x[:, length - span :, : self.gate.size(1)], self.gate.to(x.dtype)))
+            out = out.view(batch, span, -1, self.head_dim) * gate.unsqueeze(-1)
+        return self.out_proj(out.reshape(batch, span, -1))
 class MLP(nn.Module):
     """Two layers with squared (leaky) ReLU (Primer, arXiv:2109.08668)."""
     def __init__(self, cfg: Config, plan: QuantPlan, prefix: str) -> None:
@@ -690,21 +696,18 @@ class Block(nn.Module):
         self.attn, self.mlp = CausalSelfAttention(cfg, index, kernel), MLP(cfg, plan, f"blocks.{index}.mlp")
         self.mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
-    def forward(self, x: Tensor, x0: Tensor, span: int, rope: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, x0: Tensor, span: int, rope: Tensor, past: KeyValue | None, kept: Kept) -> Tensor:
         """x, x0 (B, T, D) -> the last `span` positions (B, span, D); earlier ones only give keys and values."""
         mix, length = self.mix.to(x.dtype), x.size(1)
         x = mix[0] * x + mix[1] * x0
-        h, own = self.attn(norm(x), span, rope, past)
-        x = x[:, length - span :] + self.attn_scale.to(x.dtype) * h  # (B, span, D)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x)), own
+        x = x[:, length - span :] + self.attn_scale.to(x.dtype) * self.attn(norm(x), span, rope, past, kept)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
 class BigramHash(nn.Module):
     """Embedding of hashed token pairs, projected to the model width. Only the table starts at zero: both learn."""
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.buckets = cfg.bigram_vocab_size
-        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
-        self.out_proj = CastedLinear(cfg.bigram_dim, cfg.model_dim)
-        self.scale = nn.Parameter(torch.tensor(0.05))
+        self.buckets, self.embed = cfg.bigram_vocab_size, nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.out_proj, self.scale = CastedLinear(cfg.bigram_dim, cfg.model_dim), nn.Parameter(torch.tensor(0.05))
     def bucket(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T), of a token and the one before
         ids = input_ids.to(torch.int32)
         pair = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.buckets - 1)
@@ -758,8 +761,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= self.num_skips and skips:  # with an odd number of blocks the last one has no skip to take
                 x = x + skip_scale[i - self.num_skips] * skips.pop()
-            x, own = block(x, x0, span if block is self.blocks[-1] else x.size(1), rope, past[i] if past else None)
-            kept.append(own)
+            x = block(x, x0, span if block is self.blocks[-1] else x.size(1), rope, past[i] if past else None, kept)
             if i < self.num_skips: skips.append(x)
         return norm(x), kept
     def logits(self, hidden: Tensor) -> Tensor:
@@ -779,6 +781,7 @@ def activation_bytes(cfg: Config, rt: Runtime) -> float:
     """Bytes per token that the forward keeps for the backward: a count of saved tensors (compiled graphs keep less)."""
     size, dim, kv = rt.compute_dtype.itemsize, cfg.model_dim, cfg.model_dim * cfg.num_kv_heads // cfg.num_heads
     block = (12 + 8 * size + 3 * size * cfg.mlp_mult) * dim + (4 + 2 * size) * kv + 9 * cfg.num_heads
+    block += cfg.attention_gate * (size * dim + 16 * cfg.num_heads) + cfg.value_residual * size * kv
     if rt.attention == "chunks":  # scores of every query with the keys of its chunk
         block += size * cfg.num_heads * (cfg.train_seq_len + min(ATTENTION_CHUNK, cfg.train_seq_len)) // 2
     exclusive = min(cfg.xsa_layers, cfg.num_layers) * size * (dim + kv)
@@ -786,8 +789,7 @@ def activation_bytes(cfg: Config, rt: Runtime) -> float:
 # ---- 6 Optimizers ----------------------------------------------------------------------------------------------------
 def newton_schulz(grads: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Approximately orthogonalise a stack of matrices (N, R, C): quintic iteration of Muon (Keller Jordan, 2024)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = grads.size(1) > grads.size(2)
+    (a, b, c), tall = (3.4445, -4.7750, 2.0315), grads.size(1) > grads.size(2)
     x = (grads.mT if tall else grads).to(dtype)
     x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(dtype)
     for _ in range(steps):
@@ -865,7 +867,7 @@ class Optimizers:
         return metrics
 def step_flops(model: GPT, cfg: Config) -> float:
     """FLOPs of a step: per token 6 for each weight in a product, and 6 * num_layers * model_dim * T of attention."""
-    products = [p.numel() for n, p in model.named_parameters() if n.endswith(("_proj.weight", "lm_head.weight"))]
+    products = [p.numel() for n, p in model.named_parameters() if n.endswith(("proj.weight", "head.weight", ".gate"))]
     head = model.embed.weight.numel() if cfg.tie_embeddings else 0
     return 6.0 * cfg.train_batch_tokens * (sum(products) + head + cfg.num_layers * cfg.model_dim * cfg.train_seq_len)
 def check_ownership(params: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -971,7 +973,7 @@ class Evaluator:
         self.rt.log(f"{label}_{cfg.eval_mode} {how} {result} {rate}")
         if label == "final": self.rt.log(f"final_int8_zlib_roundtrip_exact {result}")  # log readers look for it
 # ---- 9 Artifact: header and flat streams in one zstd frame -----------------------------------------------------------
-ARTIFACT_HEAD = b"PGPT" + struct.pack("<I", 1)  # magic and format version
+ARTIFACT_HEAD = b"PGPT" + struct.pack("<I", 2)  # magic and format version
 ZSTD_LEVEL, MAX_PAYLOAD_BYTES = 22, 1 << 27
 STREAMS = ("int4", "int5", "int6", "int7", "int8", "scale", "fp16")  # int4: codes of 2 to 4 bits, two to a byte
 EXPORT_ROUNDS, FULL_ENOUGH, AIM = 5, 0.996, 0.998  # compressions at most; shares of the limit: done, and aimed at
@@ -985,8 +987,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error: raise OSError(f"{path} was not written ({error}): make room") from None
-    finally:
-        scratch.unlink(missing_ok=True)
+    finally: scratch.unlink(missing_ok=True)
 def pack_nibbles(codes: Tensor) -> bytes:
     """Codes of at most 4 bits (N,), two to a byte, low nibble first; an odd end is filled with 0."""
     flat = F.pad(codes.flatten(), (0, codes.numel() % 2)).numpy().view(np.uint8) & 15

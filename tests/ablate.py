@@ -6,10 +6,11 @@ the results file (logs/ablations.jsonl), so the script goes on where it was stop
 
 Recipes that differ only in how a run ends (fake quantization, averaging) go on from one run of the default that is
 stopped at 90% of its steps: a resumed run ends as if it had not stopped (tests/test_recovery.py). Ideas that were not
-kept have no knob: `edits` makes them on a copy of the script. The default gets the script's bytes plus 0.572 bytes per
-parameter, the ratio of the full-size budget; on the large proxy 0.555, less than pr314 takes, which gets as many as it
-needs. `noqat` (last weights) and `noqat_swa` (averaged ones) never fake-quantize: the better of their float scores is
-what the quantization gap is counted from."""
+kept have no knob: `edits` makes them on a copy of the script. Changes of model and optimizer are screened in short
+runs without value residual and attention gate, which are two of the changes. The default gets the script's bytes
+plus 0.572 bytes per parameter, the ratio of the full-size budget; on the large proxy 0.555, less than pr314 takes,
+which gets as many as it needs. `noqat` (last weights) and `noqat_swa` (averaged ones) never fake-quantize: the better
+of their float scores is what the quantization gap is counted from."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ PROXIES: dict[str, dict[str, Any]] = {
              "WARMDOWN_ITERS": 1200},
     "large": {"MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "ITERATIONS": 500, "WARMDOWN_ITERS": 200},
     "screen": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 200, "WARMDOWN_ITERS": 80,
-               "EVAL_STRIDE": 0},
+               "EVAL_STRIDE": 0, "VALUE_RESIDUAL": 0, "ATTENTION_GATE": 0},
 }  # fmt: skip
 TRAINED_TOKENS = 24_600_000  # at most, by a proxy
 MODEL_BYTES = {"small": 1385992, "long": 348595, "large": 4126312, "screen": 1385992}  # of the default
@@ -61,9 +62,6 @@ class Recipe(NamedTuple):
 
 
 FORK_AT = 0.9
-ATTENTION_IN = "def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None)"
-BLOCK_IN = "def forward(self, x: Tensor, x0: Tensor, span: int, rope: Tensor, past: KeyValue | None)"
-Q_GAIN = "self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))"
 UPDATE = "                self.swa.update_parameters(self.model)\n"
 EMA = [("AveragedModel(model)", "AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))"),
        ("AveragedModel(self.model)",
@@ -82,22 +80,6 @@ GROWING = [(f"{GRID} if quantize else self.weight", f"torch.lerp(self.weight, {G
             "        start, end = self.cfg.qat_start_frac * self.cfg.iterations, 0.98 * self.cfg.iterations\n"
             "        self.model.refresh(self.qat_active and min(1.0, (step + 1 - start) / (end - start)))\n"
             "        return metrics")]  # fmt: skip
-VALUE_RESIDUAL = [
-    (Q_GAIN, Q_GAIN + "\n        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))"),
-    (ATTENTION_IN, ATTENTION_IN.replace(")", ", first: Tensor | None = None)")),
-    (BLOCK_IN, BLOCK_IN.replace(")", ", first: Tensor | None = None)")),
-    ("        own = k, v =", "        v = v if first is None else self.value_mix[0].to(v.dtype) * v + "
-     "self.value_mix[1].to(v.dtype) * first\n        own = k, v ="),
-    ("self.attn(norm(x), span, rope, past)", "self.attn(norm(x), span, rope, past, first)"),
-    ("past[i] if past else None)", "past[i] if past else None, kept[0][1] if kept else None)"),
-]  # fmt: skip
-ATTENTION_GATE = [
-    (Q_GAIN, Q_GAIN + "\n        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, 12))"),
-    ("        return self.out_proj(out.reshape(batch, span, -1)), own",
-     "        gate = 2 * torch.sigmoid(F.linear(x[:, length - span :, :12], self.gate.to(x.dtype))).unsqueeze(-1)\n"
-     "        out = out.reshape(batch, span, -1, self.head_dim) * gate\n"
-     "        return self.out_proj(out.reshape(batch, span, -1)), own"),
-]  # fmt: skip
 PARTIAL_ROPE = [  # a quarter of the head's dimensions
     ("(a, b), (cos, sin) = x.chunk(2, dim=-1), rope", "n = 2 * rope.size(-1)\n"
      "    (a, b), (cos, sin) = x[..., :n].chunk(2, dim=-1), rope"),
@@ -138,8 +120,9 @@ RECIPES: dict[str, Recipe] = {
     "no_muon_eq": Recipe({"MUON_EQ": 0}),
     "momentum_kept": Recipe({"MUON_MOMENTUM_END": 0.99}),
     "gain_4": Recipe({"QK_GAIN_INIT": 4}),
-    "value_residual": Recipe({}, VALUE_RESIDUAL),
-    "attention_gate": Recipe({}, ATTENTION_GATE),
+    "value_residual": Recipe({"VALUE_RESIDUAL": 1}),
+    "attention_gate": Recipe({"ATTENTION_GATE": 1}),
+    "gate_and_residual": Recipe({"VALUE_RESIDUAL": 1, "ATTENTION_GATE": 1}),
     "partial_rope": Recipe({}, PARTIAL_ROPE),
     "depth_norm": Recipe({}, DEPTH_NORM),
     "document_starts": Recipe({}, DOCUMENT_STARTS),

@@ -100,7 +100,7 @@ def test_foreign_missing_and_other_version(tmp_path: Path) -> None:
     (tmp_path / "x.ptz").write_bytes(b"PK\3\4 something")
     with pytest.raises(ValueError, match="not an artifact of this script"):
         t.read_artifact(tmp_path / "x.ptz")
-    (tmp_path / "x.ptz").write_bytes(b"PGPT\2\0\0\0rest")
+    (tmp_path / "x.ptz").write_bytes(b"PGPT\1\0\0\0rest")
     with pytest.raises(ValueError, match="artifact format"):
         t.read_artifact(tmp_path / "x.ptz")
     with pytest.raises(FileNotFoundError, match="no artifact at"):
