@@ -659,9 +659,8 @@ class CausalSelfAttention(nn.Module):
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if cfg.value_residual and index else None
         self.gate = nn.Parameter(torch.zeros(cfg.num_heads, min(12, dim))) if cfg.attention_gate else None
     def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None, kept: Kept) -> Tensor:
-        """x (B, T, D) -> output of its last `span` positions (B, span, D); `past`: keys and values before x; `kept`:
-        those of the layers below, to which its own are added. Value residual (arXiv:2410.17897): values of the first
-        layer are mixed into those of later ones."""
+        """x (B, T, D) -> output of its last `span` positions (B, span, D); `past`: keys and values before x; `kept`: of
+        the layers below, takes its own too. Value residual (arXiv:2410.17897): values of the first one are mixed in."""
         batch, length, _ = x.shape
         k, v = (f(x).view(batch, length, -1, self.head_dim) for f in (self.k_proj, self.v_proj))
         q = self.q_proj(x[:, length - span :]).view(batch, span, -1, self.head_dim)
