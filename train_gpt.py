@@ -1,5 +1,5 @@
 """Train, quantize, compress and score a language model in 16,000,000 bytes: one file for the Parameter Golf challenge.
-"11L Int4 MLP QAT + BigramHash(10240) + SWA": a U-Net-skip transformer of 27,879,565 parameters whose MLP weights end
+"11L Int4 MLP QAT + BigramHash(10240) + SWA": a U-Net-skip transformer of 27,878,509 parameters whose MLP weights end
 their training under straight-through fake quantization (grids of 2 to 8 bits that fill the file best). The last or
 the averaged weights are stored in one zstd-22 frame, read back and scored: the last log line is about the file on disk.
     DEMO=1 python train_gpt.py                              a laptop: no download, a few minutes on 2 CPU cores
@@ -72,7 +72,6 @@ class Config:
     relu_slope: float = knob(0.5, "slope of the squared ReLU below zero", least=0, most=1)
     xsa_layers: int = knob(4, "last layers with exclusive self-attention (XSA)", least=0)
     value_residual: bool = knob(True, "1: later layers mix the first one's values into their own")
-    attention_gate: bool = knob(True, "1: a gate per head, computed from the layer's input, on what attention gives")
     vocab_size: int = knob(1024, "tokens of the tokenizer", least=1, most=65536)
     tie_embeddings: bool = knob(True, "1: the output head is the token embedding")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", least=0)
@@ -115,12 +114,12 @@ class Config:
     compute_dtype: str = knob("auto", "auto: float32 on a CPU without bf16", choices=("auto", "bfloat16", "float32"))
     compile: str = knob("auto", "torch.compile: 1, 0, or auto (on CUDA only)", choices=("auto", "0", "1"))
 MODEL_FIELDS = "num_layers model_dim num_heads num_kv_heads mlp_mult vocab_size tie_embeddings rope_base bigram_dim " \
-    "logit_softcap bigram_vocab_size train_seq_len relu_slope xsa_layers value_residual attention_gate".split()
+    "logit_softcap bigram_vocab_size train_seq_len relu_slope xsa_layers value_residual".split()
 RECIPES: dict[str, dict[str, Any]] = {"pr314": {
     "mlp_bits": 4, "attn_bits": 6, "bigram_bits": 6, "qat_start_frac": 0.0, "rate_control": False, "swa_enabled": True,
     "swa_start_frac": 0.4, "swa_always": True, "error_feedback": False, "calibration_reserve": 0.0, "prune_frac": 0.03,
     "mlp_prune_frac": 0.05, "qk_gain_init": 1.5, "relu_slope": 0.0, "xsa_layers": 0, "value_residual": False,
-    "attention_gate": False, "muon_eq": False, "muon_momentum_end": 0.99}}
+    "muon_eq": False, "muon_momentum_end": 0.99}}
 MAY_CHANGE_ON_RESUME = {"resume", "checkpoint_every", "data_path", "tokenizer_path", "micro_batch_tokens", "dry_run",
                         "plan_step_ms", "plan_memory_gb",
                         "val_loss_every", "train_log_every", "eval_float", "eval_batch_seqs", "val_batch_size"}
@@ -657,7 +656,6 @@ class CausalSelfAttention(nn.Module):
         self.k_proj, self.v_proj = CastedLinear(dim, kv_dim), CastedLinear(dim, kv_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if cfg.value_residual and index else None
-        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, min(12, dim))) if cfg.attention_gate else None
     def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None, kept: Kept) -> Tensor:
         """x (B, T, D) -> output of its last `span` positions (B, span, D); `past`: keys and values before x; `kept`: of
         the layers below, takes its own too. Value residual (arXiv:2410.17897): values of the first one are mixed in."""
@@ -674,9 +672,6 @@ class CausalSelfAttention(nn.Module):
             value = F.normalize(own, dim=-1).unsqueeze(3)  # (B, span, KV, 1, head_dim)
             out = out.view(batch, span, value.size(2), -1, self.head_dim)
             out = out - (out * value).sum(dim=-1, keepdim=True) * value
-        if self.gate is not None:  # computed from 12 channels of x, 1 at first (modded-nanogpt)
-            gate = 2 * torch.sigmoid(F.linear(x[:, length - span :, : self.gate.size(1)], self.gate.to(x.dtype)))
-            out = out.view(batch, span, -1, self.head_dim) * gate.unsqueeze(-1)
         return self.out_proj(out.reshape(batch, span, -1))
 class MLP(nn.Module):
     """Two layers with squared (leaky) ReLU (Primer, arXiv:2109.08668)."""
@@ -779,8 +774,7 @@ class GPT(nn.Module):
 def activation_bytes(cfg: Config, rt: Runtime) -> float:
     """Bytes per token that the forward keeps for the backward: a count of saved tensors (compiled graphs keep less)."""
     size, dim, kv = rt.compute_dtype.itemsize, cfg.model_dim, cfg.model_dim * cfg.num_kv_heads // cfg.num_heads
-    block = (12 + 8 * size + 3 * size * cfg.mlp_mult) * dim + (4 + 2 * size) * kv + 9 * cfg.num_heads
-    block += cfg.attention_gate * (size * dim + 16 * cfg.num_heads) + cfg.value_residual * size * kv
+    block = (12 + size * (8 + 3 * cfg.mlp_mult)) * dim + (4 + size * (2 + cfg.value_residual)) * kv + 9 * cfg.num_heads
     if rt.attention == "chunks":  # scores of every query with the keys of its chunk
         block += size * cfg.num_heads * (cfg.train_seq_len + min(ATTENTION_CHUNK, cfg.train_seq_len)) // 2
     exclusive = min(cfg.xsa_layers, cfg.num_layers) * size * (dim + kv)
@@ -866,7 +860,7 @@ class Optimizers:
         return metrics
 def step_flops(model: GPT, cfg: Config) -> float:
     """FLOPs of a step: per token 6 for each weight in a product, and 6 * num_layers * model_dim * T of attention."""
-    products = [p.numel() for n, p in model.named_parameters() if n.endswith(("proj.weight", "head.weight", ".gate"))]
+    products = [p.numel() for n, p in model.named_parameters() if n.endswith(("_proj.weight", "lm_head.weight"))]
     head = model.embed.weight.numel() if cfg.tie_embeddings else 0
     return 6.0 * cfg.train_batch_tokens * (sum(products) + head + cfg.num_layers * cfg.model_dim * cfg.train_seq_len)
 def check_ownership(params: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -7,7 +7,7 @@ the results file (logs/ablations.jsonl), so the script goes on where it was stop
 Recipes that differ only in how a run ends (fake quantization, averaging) go on from one run of the default that is
 stopped at 90% of its steps: a resumed run ends as if it had not stopped (tests/test_recovery.py). Ideas that were not
 kept have no knob: `edits` makes them on a copy of the script. Changes of model and optimizer are screened in short
-runs without value residual and attention gate, which are two of the changes. The default gets the script's bytes
+runs without value residual, which is one of the changes. The default gets the script's bytes
 plus 0.572 bytes per parameter, the ratio of the full-size budget; on the large proxy 0.555, less than pr314 takes,
 which gets as many as it needs. `noqat` (last weights) and `noqat_swa` (averaged ones) never fake-quantize: the better
 of their float scores is what the quantization gap is counted from."""
@@ -46,7 +46,7 @@ PROXIES: dict[str, dict[str, Any]] = {
              "WARMDOWN_ITERS": 1200},
     "large": {"MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "ITERATIONS": 500, "WARMDOWN_ITERS": 200},
     "screen": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 200, "WARMDOWN_ITERS": 80,
-               "EVAL_STRIDE": 0, "VALUE_RESIDUAL": 0, "ATTENTION_GATE": 0},
+               "EVAL_STRIDE": 0, "VALUE_RESIDUAL": 0},
 }  # fmt: skip
 TRAINED_TOKENS = 24_600_000  # at most, by a proxy
 MODEL_BYTES = {"small": 1385992, "long": 348595, "large": 4126312, "screen": 1385992}  # of the default
@@ -80,6 +80,14 @@ GROWING = [(f"{GRID} if quantize else self.weight", f"torch.lerp(self.weight, {G
             "        start, end = self.cfg.qat_start_frac * self.cfg.iterations, 0.98 * self.cfg.iterations\n"
             "        self.model.refresh(self.qat_active and min(1.0, (step + 1 - start) / (end - start)))\n"
             "        return metrics")]  # fmt: skip
+Q_GAIN = "self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))"
+ATTENTION_GATE = [  # per head, from 12 channels of the layer's input
+    (Q_GAIN, Q_GAIN + "\n        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, 12))"),
+    ("        return self.out_proj(out.reshape(batch, span, -1))",
+     "        gate = 2 * torch.sigmoid(F.linear(x[:, length - span :, :12], self.gate.to(x.dtype))).unsqueeze(-1)\n"
+     "        out = out.reshape(batch, span, -1, self.head_dim) * gate\n"
+     "        return self.out_proj(out.reshape(batch, span, -1))"),
+]  # fmt: skip
 PARTIAL_ROPE = [  # a quarter of the head's dimensions
     ("(a, b), (cos, sin) = x.chunk(2, dim=-1), rope", "n = 2 * rope.size(-1)\n"
      "    (a, b), (cos, sin) = x[..., :n].chunk(2, dim=-1), rope"),
@@ -121,8 +129,8 @@ RECIPES: dict[str, Recipe] = {
     "momentum_kept": Recipe({"MUON_MOMENTUM_END": 0.99}),
     "gain_4": Recipe({"QK_GAIN_INIT": 4}),
     "value_residual": Recipe({"VALUE_RESIDUAL": 1}),
-    "attention_gate": Recipe({"ATTENTION_GATE": 1}),
-    "gate_and_residual": Recipe({"VALUE_RESIDUAL": 1, "ATTENTION_GATE": 1}),
+    "no_value_residual": Recipe({"VALUE_RESIDUAL": 0}),
+    "attention_gate": Recipe({}, ATTENTION_GATE),
     "partial_rope": Recipe({}, PARTIAL_ROPE),
     "depth_norm": Recipe({}, DEPTH_NORM),
     "document_starts": Recipe({}, DOCUMENT_STARTS),
@@ -132,7 +140,9 @@ ORDER = [(r, p, 42) for p in ("long", "small") for r in MAIN]
 ORDER += [(r, p, s) for s in (43, 44) for r in MAIN for p in ("small", "long") if s == 43 or p == "small"]
 ORDER += [(r, "large", s) for s in (42, 43) for r in MAIN[:2]]
 ORDER += [(r, p, 42) for p in ("small", "long") for r, recipe in RECIPES.items() if recipe.forks and r not in MAIN]
+ORDER += [(r, p, s) for r in ("no_value_residual", "attention_gate") for name, p, s in ORDER if name == "default"]
 ORDER += [(r, "screen", 42) for r, recipe in RECIPES.items() if r == "default" or not recipe.forks]
+ORDER.remove(("no_value_residual", "screen", 42))  # the screen's default
 KEYS = r"(\w+):([-+.,\w]+)"
 
 
