@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -224,12 +226,28 @@ def settings_of(recipe: Recipe, proxy: str, seed: int, script: str, args: argpar
     }  # fmt: skip
 
 
+def edited_script(name: str, script: str) -> str:
+    """The script with a recipe's edits; AssertionError where one does not fit it any more."""
+    for old, new in RECIPES[name].edits:
+        assert script.count(old) == 1, f"{name}: the script has no {old!r}, or several: bring the edit up to date"
+        script = script.replace(old, new)
+    return script
+
+
+def edited_module(name: str, folder: Path) -> ModuleType:
+    """A module of the edited script, which is written into `folder`."""
+    path = folder / f"edited_{name}.py"
+    path.write_text(edited_script(name, (ROOT / "train_gpt.py").read_text("utf-8")), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def one_run(name: str, proxy: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Run the script and read the figures from its console output."""
-    recipe, script, earlier = RECIPES[name], args.script.read_text(), list[str]()
-    for old, new in recipe.edits:
-        assert old in script, f"{name}: the script has no {old!r}: bring the edit up to date"
-        script = script.replace(old, new)
+    recipe, script, earlier = RECIPES[name], edited_script(name, args.script.read_text()), list[str]()
     settings = settings_of(recipe, proxy, seed, script, args)
     with tempfile.TemporaryDirectory() as folder:
         if recipe.forks:

@@ -37,6 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import ablate  # noqa: E402
+
 import train_gpt as t  # noqa: E402
 
 PEAK_SHAPE = (2048, 512, 1536)  # the product that stands for the machine's peak
@@ -130,11 +132,12 @@ def random_data(cfg: t.Config, val_tokens: int, train_tokens: int = 1 << 17) -> 
     return t.Data(train, val, val_targets, tokenizer(cfg.vocab_size), "")
 
 
-def model_for(cfg: t.Config, rt: t.Runtime, trains: bool) -> t.GPT:
-    """A model with random weights in all of its parts; with the buffers of fake quantization if it `trains`."""
+def model_for(cfg: t.Config, rt: t.Runtime, trains: bool, script: Any = t) -> t.GPT:
+    """A model with random weights in all of its parts; with the buffers of fake quantization if it `trains`. `script`:
+    whose model, this one's or an edited one's."""
     torch.manual_seed(0)
-    plan = t.starting_plan(t.GPT(cfg, {}, rt.compute_dtype).state_dict(), cfg) if trains else {}
-    model = t.GPT(cfg, plan, rt.compute_dtype, rt.attention)
+    plan = t.starting_plan(script.GPT(cfg, {}, rt.compute_dtype).state_dict(), cfg) if trains else {}
+    model: t.GPT = script.GPT(cfg, plan, rt.compute_dtype, rt.attention)
     model.init_weights(cfg)
     with torch.no_grad():
         for p in model.parameters():
@@ -143,11 +146,11 @@ def model_for(cfg: t.Config, rt: t.Runtime, trains: bool) -> t.GPT:
     return model.to(rt.device)
 
 
-def trainer_for(cfg: t.Config, compiled: bool = False) -> t.Trainer:
+def trainer_for(cfg: t.Config, compiled: bool = False, script: Any = t) -> t.Trainer:
     """A trainer on random tokens."""
     rt = dataclasses.replace(runtime(cfg), compile=compiled)
     data = random_data(cfg, cfg.train_seq_len + 1, max(1 << 17, 2 * cfg.train_batch_tokens))
-    return t.Trainer(model_for(cfg, rt, trains=True), data, cfg, rt)
+    return t.Trainer(model_for(cfg, rt, True, script), data, cfg, rt)
 
 
 def name_of(cfg: t.Config) -> str:
@@ -768,10 +771,26 @@ def recipe_row(sizes: dict[str, Any], repeats: int) -> Row:
     return f"11 layers, width {sizes['model_dim']}", *times, ratio(whole, other)
 
 
+def edited_row(sizes: dict[str, Any], name: str, repeats: int) -> Row:
+    """A compiled step with the edits that a recipe of tests/ablate.py makes in the model, against the default's."""
+    cfg = config(**sizes | {"bigram_dim": 64})
+    works = (trainer_for(cfg, True, script) for script in (ablate.edited_module(name, Path(".")), t))
+    edited, default = alternating(repeats, *(partial(trainer.train_step, 1e-6, 10) for trainer in works))
+    times = (f"{1000 * median(seconds):.0f}" for seconds in (edited, default))
+    return f"11 layers, width {sizes['model_dim']}", *times, f"{ratio(edited, default):.3f}"
+
+
 def section_recipes(args: argparse.Namespace) -> Iterator[str]:
-    """The default recipe's step against the literal design's."""
+    """The default recipe's step against the literal design's, or an edited model's against the default's."""
     small = {"train_seq_len": 256, "model_dim": 128, "num_heads": 2, "num_kv_heads": 1}
     large = {"train_seq_len": 256, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
+    if args.edited:
+        yield markdown(
+            f"A training step with {args.edited} and of the default (8,192 tokens, compiled)",
+            "model | edited, ms | default, ms | edited / default",
+            (edited_row(sizes, args.edited, 4 * args.repeats) for sizes in (small, large)),
+        )
+        return
     yield markdown(
         "A training step of the default and of RECIPE=pr314 (8,192 tokens, compiled)",
         "model | default, ms | with fake quantization, ms | pr314, ms | default / pr314",
@@ -799,6 +818,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("sections", nargs="*", help=f"some of: {' '.join(SECTIONS)} (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of the long comparisons (short ones: more)")
     parser.add_argument("--compiled", action="store_true", help="train: COMPILE=1 beside eager")
+    parser.add_argument("--edited", default="", help="recipes: a recipe of tests/ablate.py that edits the model")
     parser.add_argument("--profile", action="store_true", help="train: time by operator, too")
     parser.add_argument("--steps", type=int, default=150, help="eval: training steps of the models to score")
     parser.add_argument("--data", default="", help="eval: folder of shards instead of the demo corpus")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,8 +11,6 @@ import ablate
 import pytest
 import torch
 from tools import ROOT, SIZES
-
-SCRIPT = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
 
 def row(recipe: str, seed: int, final: float, floating: float) -> dict[str, Any]:
@@ -25,15 +22,7 @@ def row(recipe: str, seed: int, final: float, floating: float) -> dict[str, Any]
 @pytest.mark.parametrize("name", [name for name, recipe in ablate.RECIPES.items() if recipe.edits])
 def test_edited_scripts_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each text to replace occurs once; the edited model takes steps, also with fake quantization and averaging."""
-    script = SCRIPT
-    for old, new in ablate.RECIPES[name].edits:
-        assert SCRIPT.count(old) == 1, old
-        script = script.replace(old, new)
-    (tmp_path / "edited.py").write_text(script, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["edited"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ablate.edited_module(name, tmp_path)
     (tmp_path / "text.txt").write_text("how much wood would a woodchuck chuck if a woodchuck could chuck wood. " * 600)
     for n, value in (SIZES | {"vocab_size": 300, "text_files": "text.txt", "run_id": "edited"}).items():
         monkeypatch.setenv(n.upper(), str(int(value) if isinstance(value, bool) else value))

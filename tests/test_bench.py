@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import ablate
 import bench
 import pytest
 import torch
@@ -70,6 +71,14 @@ def test_train_and_scale_rows() -> None:
     for kind in ("training step", "sliding", "banded"):
         assert bench.memory_of(cfg, kind, 1) >= 0
     assert all("aten.mm.default" in table for table in bench.profile(cfg))
+
+
+def test_edited_models_step() -> None:
+    """A recipe's edits are in the model that is timed."""
+    cfg = bench.config(**TINY)
+    trainer = bench.trainer_for(cfg, script=ablate.edited_module("attention_gate", Path(".")))
+    assert sum(name.endswith(".gate") for name, _ in trainer.model.named_parameters()) == cfg.num_layers
+    assert torch.isfinite(trainer.train_step(1e-6, 10)).all()
 
 
 def test_export_rows() -> None:
