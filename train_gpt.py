@@ -84,7 +84,7 @@ class Config:
     head_lr: float = knob(0.008, "learning rate of an untied output head (Adam, no decay)", least=0)
     tied_embed_lr: float = knob(0.03, "learning rate of the tied token embedding and of the bigram table", least=0)
     matrix_lr: float = knob(0.02, "learning rate of Muon (matrices of the blocks, bigram projection)", least=0)
-    scalar_lr: float = knob(0.02, "learning rate of gains, scales and gates", least=0)
+    scalar_lr: float = knob(0.02, "learning rate of gains, scales, gates and value mixes", least=0)
     weight_decay: float = knob(0.04, "decoupled weight decay of Muon and AdamW", least=0)
     muon_momentum: float = knob(0.99, "final Nesterov momentum of Muon", least=0, below=1)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", least=1)
@@ -586,7 +586,7 @@ def allocate(table: RateTable, budget: float) -> QuantPlan:
 def norm(x: Tensor) -> Tensor:  # RMS norm over the last dimension, without weights (arXiv:1910.07467)
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each (B, T, KV, head_dim)
-Kept = list[KeyValue]  # of all layers
+Kept = list[KeyValue]  # of the layers so far
 ATTENTION_CHUNK, BAND_CHUNKS = 128, 16  # queries at a time in `attend_in_chunks`; chunks in an evaluated segment
 class CastedLinear(nn.Module):
     """Linear layer without bias: fp32 master weight, cast to the format of its input in the forward. With a `spec` it
@@ -657,8 +657,9 @@ class CausalSelfAttention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if cfg.value_residual and index else None
     def forward(self, x: Tensor, span: int, rope: Tensor, past: KeyValue | None, kept: Kept) -> Tensor:
-        """x (B, T, D) -> output of its last `span` positions (B, span, D); `past`: keys and values before x; `kept`: of
-        the layers below, takes its own too. Value residual (arXiv:2410.17897): values of the first one are mixed in."""
+        """x (B, T, D) -> output of its last `span` positions (B, span, D); `past`: its keys and values from before;
+        `kept`: those of the layers below, where its own are appended. Value residual (arXiv:2410.17897): values of the
+        first layer are mixed into its own."""
         batch, length, _ = x.shape
         k, v = (f(x).view(batch, length, -1, self.head_dim) for f in (self.k_proj, self.v_proj))
         q = self.q_proj(x[:, length - span :]).view(batch, span, -1, self.head_dim)
@@ -691,7 +692,7 @@ class Block(nn.Module):
         self.mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
     def forward(self, x: Tensor, x0: Tensor, span: int, rope: Tensor, past: KeyValue | None, kept: Kept) -> Tensor:
-        """x, x0 (B, T, D) -> the last `span` positions (B, span, D); earlier ones only give keys and values."""
+        """x, x0 (B, T, D) -> the last `span` positions (B, span, D); earlier ones only give what goes to `kept`."""
         mix, length = self.mix.to(x.dtype), x.size(1)
         x = mix[0] * x + mix[1] * x0
         x = x[:, length - span :] + self.attn_scale.to(x.dtype) * self.attn(norm(x), span, rope, past, kept)
@@ -726,7 +727,7 @@ class GPT(nn.Module):
         self.register_buffer("angles", torch.stack((angles.cos(), angles.sin())), persistent=False)  # arXiv:2104.09864
     @torch.no_grad()
     def init_weights(self, cfg: Config) -> None:
-        """Initial weights; the gains, scales and gates have theirs from their constructors."""
+        """Initial weights; gains, scales, gates and mixes have theirs from their constructors."""
         for name, module in self.named_modules():
             if isinstance(module, CastedLinear):
                 nn.init.orthogonal_(module.weight)
@@ -969,7 +970,7 @@ class Evaluator:
 ARTIFACT_HEAD = b"PGPT" + struct.pack("<I", 2)  # magic and format version
 ZSTD_LEVEL, MAX_PAYLOAD_BYTES = 22, 1 << 27
 STREAMS = ("int4", "int5", "int6", "int7", "int8", "scale", "fp16")  # int4: codes of 2 to 4 bits, two to a byte
-EXPORT_ROUNDS, FULL_ENOUGH, AIM = 5, 0.996, 0.998  # compressions at most; shares of the limit: done, and aimed at
+EXPORT_ROUNDS, FULL_ENOUGH, AIM = 5, 0.996, 0.998  # compressions at most; shares of what is free: done, aimed at
 def write_atomically(path: Path, content: bytes) -> None:
     """Write, fsync, rename: `path` is the old file or the whole new one. Raises OSError when the disk is full."""
     scratch = path.with_name(f"{path.name}.tmp")
@@ -1067,7 +1068,7 @@ def load_artifact(path: Path, cfg: Config, rt: Runtime, tokenizer_sha256: str) -
 def with_model_fields(cfg: Config, stored: Any, path: str) -> Config:
     """`cfg` with the model's fields as a file at `path` gives them; everything else as given."""
     if not isinstance(stored, dict) or any(type(stored.get(n)) is not type(getattr(cfg, n)) for n in MODEL_FIELDS):
-        raise ValueError(f"{path} has a damaged header: its config is not a model's")
+        raise ValueError(f"{path} has a damaged header, or is of another version: its config is not of this model")
     fields = {name: stored[name] for name in MODEL_FIELDS} | {"train_batch_tokens": stored["train_seq_len"]}
     found = dataclasses.replace(cfg, **fields, micro_batch_tokens=0)
     if not (problems := config_problems(found)): return found
@@ -1106,7 +1107,7 @@ def export(trained: Trained, cfg: Config, log: Log, tokenizer: str) -> tuple[Pat
             log(f"artifact round:{len(tried)} artifact_bytes:{total} plan_time:{1000 * (planned - begun):.0f}ms "
                 f"rounding_time:{1000 * (rounded - planned):.0f}ms zstd_time:{1000 * (packed - rounded):.0f}ms")
             tried.append((total <= limit, total, plan, stored, content))
-            if FULL_ENOUGH * limit <= total <= limit: break
+            if FULL_ENOUGH * (limit - code_bytes) <= len(content) <= limit - code_bytes: break
             used = sum(size for n, points in table.items() for size, _, spec in points if spec == plan.get(n))
             budget = (budget if total <= limit else min(budget, used) * AIM) * AIM * (limit - code_bytes) / len(content)
         if any(fits for fits, *_ in tried): break
@@ -1151,7 +1152,8 @@ def newest_checkpoint(cfg: Config, log: Log) -> dict[str, Any] | None:
         now, then = dataclasses.asdict(cfg), state["config"]
         if differ := [n for n in now if n not in MAY_CHANGE_ON_RESUME and now[n] != then.get(n)]:
             listed = ", ".join(f"{n.upper()}={then.get(n)!r} there, {now[n]!r} now" for n in differ)
-            raise ValueError(f"{path} is of another config: {listed}; set them back, or choose another RUN_ID")
+            cure = "set them back" if then.keys() >= now.keys() else "use the version of the script that wrote it"
+            raise ValueError(f"{path} is of another config: {listed}; {cure}, or choose another RUN_ID")
         log(f"resume checkpoint:{path} step:{state['step']} train_time:{1000 * state['elapsed']:.0f}ms")
         return state
     if (done := Path("logs", f"{cfg.run_id}.weights")).exists():

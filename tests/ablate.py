@@ -7,10 +7,10 @@ the results file (logs/ablations.jsonl), so the script goes on where it was stop
 Recipes that differ only in how a run ends (fake quantization, averaging) go on from one run of the default that is
 stopped at 90% of its steps: a resumed run ends as if it had not stopped (tests/test_recovery.py). Ideas that were not
 kept have no knob: `edits` makes them on a copy of the script. Changes of model and optimizer are screened in short
-runs without value residual, which is one of the changes. The default gets the script's bytes
-plus 0.572 bytes per parameter, the ratio of the full-size budget; on the large proxy 0.555, less than pr314 takes,
-which gets as many as it needs. `noqat` (last weights) and `noqat_swa` (averaged ones) never fake-quantize: the better
-of their float scores is what the quantization gap is counted from."""
+runs whose default has no value residual, which is one of the changes. The default gets the script's bytes plus 0.572
+bytes per parameter, the ratio of the full-size budget; on the large proxy 0.555, less than pr314 takes, which gets as
+many as it needs. `noqat` (last weights) and `noqat_swa` (averaged ones) never fake-quantize: the better of their float
+scores is what the quantization gap of recipes with the same model is counted from."""
 
 from __future__ import annotations
 
@@ -297,7 +297,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [proxy, recipe, ", ".join(str(r["seed"]) for r in runs),
                      f"{mean(r['float_bpb'] for r in runs):.4f}", f"{mean(bpb):.4f}",
                      f"{stdev(bpb):.4f}" if len(bpb) > 1 else "", against(runs, "pr314"),
-                     against(runs, "default"), against(runs, "noqat", "noqat_swa", field="float_bpb"),
+                     against(runs, "default"),
+                     against(runs, "noqat", "noqat_swa", field="float_bpb") if RECIPES[recipe].forks else "",
                      f"{mean(r['model_bytes'] for r in runs):.0f}",
                      f"{mean(r['step_ms'] for r in runs):.0f}"]  # fmt: skip
             out.append("| " + " | ".join(cells) + " |")

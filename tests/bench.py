@@ -786,7 +786,7 @@ def section_recipes(args: argparse.Namespace) -> Iterator[str]:
     large = {"train_seq_len": 256, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
     if args.edited:
         yield markdown(
-            f"A training step with {args.edited} and of the default (8,192 tokens, compiled)",
+            f"A training step with {args.edited} and without (8,192 tokens, compiled)",
             "model | edited, ms | default, ms | edited / default",
             (edited_row(sizes, args.edited, 4 * args.repeats) for sizes in (small, large)),
         )
@@ -818,7 +818,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("sections", nargs="*", help=f"some of: {' '.join(SECTIONS)} (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of the long comparisons (short ones: more)")
     parser.add_argument("--compiled", action="store_true", help="train: COMPILE=1 beside eager")
-    parser.add_argument("--edited", default="", help="recipes: a recipe of tests/ablate.py that edits the model")
+    edits = [name for name, recipe in ablate.RECIPES.items() if recipe.edits and not recipe.forks]
+    parser.add_argument("--edited", default="", choices=["", *edits], help="recipes: a change of tests/ablate.py")
     parser.add_argument("--profile", action="store_true", help="train: time by operator, too")
     parser.add_argument("--steps", type=int, default=150, help="eval: training steps of the models to score")
     parser.add_argument("--data", default="", help="eval: folder of shards instead of the demo corpus")

@@ -128,5 +128,7 @@ def test_wrong_tokenizer_config_or_tensors(tmp_path: Path) -> None:
     header, _, _ = t.read_artifact(path)
     header["config"]["num_heads"] = "four"
     forged(tmp_path / "b.ptz", {"tensors": [], "config": header["config"], "tokenizer_sha256": ""})
-    with pytest.raises(ValueError, match="config is not a model's"):
+    with pytest.raises(ValueError, match="config is not of this model"):
         t.with_model_fields(config(), t.read_artifact(tmp_path / "b.ptz")[0]["config"], "b.ptz")
+    with pytest.raises(ValueError, match="of another version"):
+        t.with_model_fields(config(), {n: getattr(cfg, n) for n in t.MODEL_FIELDS[1:]}, "older.weights")

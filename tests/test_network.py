@@ -48,6 +48,49 @@ def test_every_part_matters() -> None:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize("span", [32, 8])
+def test_value_residual_and_exclusive_attention(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks after the first attend to their own values times one weight plus the first block's times another; what
+    XSA blocks hand on has no part along the position's own (mixed) value."""
+    cfg, seen, raw, out = config(num_layers=4, xsa_layers=2), list[torch.Tensor](), list[torch.Tensor](), []
+    model, ids = model_for(cfg), torch.randint(0, 320, (2, 32))
+    attend, kv_heads, groups = t.attend, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
+
+    def note(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, kernel: str) -> torch.Tensor:
+        """Remember the values."""
+        seen.append(v)
+        return attend(q, k, v, window, kernel)
+
+    monkeypatch.setattr(t, "attend", note)
+    for i, block in enumerate(model.blocks):
+        if i:
+            block.attn.value_mix.data = torch.tensor([0.3 + i, 0.7 - i])
+        block.attn.v_proj.register_forward_hook(lambda *a: raw.append(a[2].view(2, 32, kv_heads, -1)))
+        block.attn.out_proj.register_forward_pre_hook(lambda _, args: out.append(args[0]))
+    hidden(model, ids, span)
+    assert torch.equal(seen[0], raw[0])
+    for i in range(1, 4):
+        torch.testing.assert_close(seen[i], (0.3 + i) * raw[i] + (0.7 - i) * raw[0])
+    for i in range(4):
+        length = out[i].size(1)
+        heads = out[i].view(2, length, kv_heads, groups, -1)
+        along = (heads * F.normalize(seen[i][:, -length:], dim=-1).unsqueeze(3)).sum(-1).abs().max()
+        assert (along < 1e-5) == (i >= 2), (i, along)
+
+
+def test_value_residual_off_is_a_mix_of_nothing() -> None:
+    """VALUE_RESIDUAL=0 has no mixes, and the losses of mixes (1, 0)."""
+    plain, mixed = (model_for(config(value_residual=on, num_layers=3)) for on in (0, 1))
+    state = plain.state_dict()
+    names = mixed.state_dict().keys() - state.keys()
+    assert names == {f"blocks.{i}.attn.value_mix" for i in (1, 2)}
+    mixed.load_state_dict(state | dict.fromkeys(names, torch.tensor([1.0, 0.0])))
+    for model in (plain, mixed):
+        model.refresh(False)
+    ids = torch.randint(0, 320, (2, 32))
+    assert torch.equal(plain.nll(ids, ids), mixed.nll(ids, ids))
+
+
 def test_bigram_buckets() -> None:
     """The hash of the design, in int32, and the last bucket at position 0."""
     module = model_for(config(bigram_vocab_size=10240)).bigram
