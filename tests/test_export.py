@@ -41,7 +41,8 @@ def exported(cfg: t.Config, state: dict[str, torch.Tensor], grids: t.QuantPlan, 
 @pytest.mark.parametrize("seed", range(30))
 def test_limit_is_kept_and_used(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes, limits, tails, spread of rows, with and without grids that were trained on: never over the limit, and at
-    least 99% of what it leaves to the model used, wherever grids of at most 8 bits can use it."""
+    least 99% of it and 98% of what the code leaves to the model used, wherever grids of at most 8 bits can use it (one
+    step of the menu for one matrix is up to 1% of models as small as these)."""
     monkeypatch.chdir(tmp_path)
     Path("logs").mkdir()
     rng = random.Random(seed)
@@ -60,9 +61,11 @@ def test_limit_is_kept_and_used(seed: int, tmp_path: Path, monkeypatch: pytest.M
     lines: list[str] = []
     total, fits = exported(cfg, state, mlp if rng.random() < 0.5 else {}, lines)
     assert fits and total <= limit, [x for x in lines if "round" in x or "artifact_bytes" in x]
-    finest = sum(max(size for size, _, spec in points if spec) for points in table.values() if points[0][2])
+    finest_plan = {n: [spec for _, _, spec in points if spec][-1] for n, points in table.items() if points[0][2]}
+    stored = t.quantize_state(state, finest_plan, cfg, lambda line: None, {})
+    finest = len(t.encode_artifact(stored, finest_plan, cfg, "f" * 64))
     used, free = total - CODE_BYTES, limit - CODE_BYTES
-    assert used >= 0.99 * free or free > finest, (used, free, finest, lines)
+    assert total >= 0.99 * limit and used >= 0.98 * free or free > finest, (used, free, finest, lines)
 
 
 def test_limit_just_above_the_trained_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
