@@ -454,21 +454,21 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
 @dataclass(frozen=True)
 class QuantSpec:
     """2^bits integer levels [qmin, qmax], a scale per row apart: row maximum / qmax, or, with a `step`, that times the
-    size of the row, less for rows in which errors cost more (`costs` (R,), see `row_scale`)."""
+    root mean square of the matrix times the factor that a search found for the row (`rows` (R,), `search_rows`)."""
     bits: int
     step: float = 0.0
-    costs: Tensor | None = field(default=None, compare=False, repr=False)
+    rows: Tensor | None = field(default=None, compare=False, repr=False)
     qmin = property(lambda self: -(1 << (self.bits - 1)))
     qmax = property(lambda self: (1 << (self.bits - 1)) - 1)
 QuantPlan = dict[str, QuantSpec]  # parameter name -> grid; parameters that it does not name are stored as fp16
 def plain(plan: QuantPlan) -> dict[str, tuple[int, float, Tensor | None]]:  # for files; QuantSpec(*values) is back
-    return {name: (spec.bits, spec.step, spec.costs) for name, spec in plan.items()}
+    return {name: (spec.bits, spec.step, spec.rows) for name, spec in plan.items()}
 StoredState = dict[str, tuple[Tensor, ...]]  # name -> (codes int8, scale fp16) or (values fp16,)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # what fp16 can store
 PRUNE_ABOVE_ELEMENTS = 65536
 HESSIAN_DAMPING, FEEDBACK_BLOCK = 0.01, 128  # share of the mean diagonal; columns whose errors are passed on together
 STEPS = [1.5 * 2 ** (-i / 6) for i in range(34)]  # the menu for rate control
-SIZE_POWER, COST_POWER, LEAST_COST = 0.3, -0.35, 0.03  # how steps of rows differ by size and by what errors cost
+SEARCH_STEP, SEARCH_ROUNDS, LEAST_COST = 0.4, 8, 0.3  # of `search_rows`; what an error costs at least, of the mean
 def category(name: str) -> str:  # the kind of a parameter: mlp, attn, bigram, embed or small (gains, scales, gates)
     if not name.endswith(("_proj.weight", "embed.weight", "lm_head.weight")): return "small"
     return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
@@ -480,15 +480,11 @@ def quant_spec_for(name: str, cfg: Config) -> QuantSpec | None:
 def starting_plan(state: Iterable[str], cfg: Config) -> QuantPlan:  # of parameter names
     return {name: spec for name in state if (spec := quant_spec_for(name, cfg))}
 def row_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Scale per row of `weight` (R, C), an fp16 value as fp32 (R,); not for compiled code, which drops that rounding.
-    Entropy coding with one table asks for steps in proportion to rows, rate theory by cost: the powers lie between."""
+    """Scale per row of `weight` (R, C), an fp16 value as fp32 (R,); not for compiled code, which drops the rounding."""
     scale = weight.abs().amax(dim=1) / spec.qmax  # a smaller one would cut the row's largest weights
     if spec.step:
-        size = weight.double().square().mean(dim=1).sqrt()
-        wanted = spec.step * size.mean() ** (1 - SIZE_POWER) * size**SIZE_POWER
-        if spec.costs is not None:
-            cost = spec.costs.to(wanted, non_blocking=True)
-            wanted = wanted * (cost / cost.mean().clamp(min=1e-30) + LEAST_COST) ** COST_POWER
+        wanted = spec.step * weight.double().square().mean().sqrt()
+        if spec.rows is not None: wanted = wanted * spec.rows.to(wanted, non_blocking=True)
         mantissa, exponent = torch.frexp(torch.maximum(wanted, scale))
         scale = torch.ldexp((16 * mantissa).ceil() / 16, exponent)  # 8 values per octave take half the bytes
     return scale.float().clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).float()
@@ -500,6 +496,20 @@ def quantize_per_row(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """(codes int8 (R, C), scale fp16 (R,)) of a finite `weight` (R, C), as they are stored."""
     scale = row_scale(weight, spec)
     return round_to_grid(weight, scale, spec), scale.to(torch.float16)
+def search_rows(weight: Tensor, cost: Tensor) -> Tensor:
+    """Factors (R,) of the step for the rows of `weight` (R, C), the best of 17 each: least error, weighed by `cost`
+    (R,), plus the price of its codes' bits; code table and price follow the choice (Chou, Lookabaugh, Gray, 1989)."""
+    factors, rows = 2.0 ** (torch.arange(-8, 9, device=weight.device) / 4), torch.arange(len(weight))
+    tried = [quantize_per_row(weight, QuantSpec(8, SEARCH_STEP, factor)) for factor in factors]
+    errors = torch.stack([(weight - dequantize_per_row(*each)).square().sum(dim=1) for each in tried]) * cost.to(weight)
+    empty, ones = weight.new_zeros(len(weight), 256), torch.ones_like(weight)
+    counts = torch.stack([empty.scatter_add(1, codes.long() + 128, ones) for codes, _ in tried])
+    best = torch.full_like(rows, 8)
+    for _ in range(SEARCH_ROUNDS):
+        used = counts[best, rows].sum(dim=0) + 0.02
+        price = 2 * math.log(2) * errors[best, rows].sum() / weight.numel()  # the slope of error by bits
+        best = (errors + price * (counts @ (used.sum() / used).log2())).argmin(dim=0).cpu()
+    return factors.cpu()[best]
 def round_with_feedback(weight: Tensor, scale: Tensor, spec: QuantSpec, hessian: Tensor) -> Tensor:
     """`round_to_grid` in which later columns take up the errors of earlier ones (GPTQ, arXiv:2210.17323). `hessian`
     (C, C): sum of the products of the layer's inputs. Its diagonal orders the columns, its inverse the shares."""
@@ -556,15 +566,19 @@ def order0_bytes(codes: Tensor) -> float:  # size of integer codes under an idea
 RateTable = dict[str, list[tuple[float, float, QuantSpec | None]]]  # of each parameter: (bytes, expected loss, grid)
 def rate_table(state: Mapping[str, Tensor], costs: Mapping[str, Tensor], kept: QuantPlan) -> RateTable:
     """What grids from coarse to fine make of each matrix of `state`, fp16 at the end (not for MLPs, which train on a
-    grid); those in `kept` stay on theirs. `costs`: mean squared gradient of each row (R,), which weighs its errors."""
+    grid); those in `kept` stay on theirs. `costs`: mean squared gradient of each row (R,), which weighs errors, with
+    LEAST_COST of the mean for rows that the tokens did not use."""
     table: RateTable = {}
     for name, value in sorted(state.items()):
         weight, kind, grids = value.detach().float(), category(name), list[QuantSpec]()
         cost = costs.get(name, torch.ones(len(weight) if weight.dim() else 1))  # on the CPU, as plans go to all ranks
-        for step in STEPS if kind != "small" and name not in kept else ():
-            scale = row_scale(weight, QuantSpec(8, step, cost))
+        cost = cost + LEAST_COST * cost.mean().clamp(min=1e-30)
+        menu = STEPS if kind != "small" and name not in kept else []
+        rows = search_rows(weight, cost) if menu else None
+        for step in menu:
+            scale = row_scale(weight, QuantSpec(8, step, rows))
             reach = float((weight.abs().amax(dim=1) / scale).max())  # rare levels cost little: cut none
-            grids.append(QuantSpec(min(8, max(2, 1 + math.ceil(math.log2(reach + 0.5)))), step, cost))
+            grids.append(QuantSpec(min(8, max(2, 1 + math.ceil(math.log2(reach + 0.5)))), step, rows))
         table[name] = []
         for spec in [kept[name]] if name in kept else grids:
             codes, stored_scale = quantize_per_row(weight, spec)
