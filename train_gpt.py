@@ -120,9 +120,8 @@ RECIPES: dict[str, dict[str, Any]] = {"pr314": {
     "swa_start_frac": 0.4, "swa_always": True, "error_feedback": False, "calibration_reserve": 0.0, "prune_frac": 0.03,
     "mlp_prune_frac": 0.05, "qk_gain_init": 1.5, "relu_slope": 0.0, "xsa_layers": 0, "value_residual": False,
     "muon_eq": False, "muon_momentum_end": 0.99}}
-MAY_CHANGE_ON_RESUME = {"resume", "checkpoint_every", "data_path", "tokenizer_path", "micro_batch_tokens", "dry_run",
-                        "plan_step_ms", "plan_memory_gb",
-                        "val_loss_every", "train_log_every", "eval_float", "eval_batch_seqs", "val_batch_size"}
+MAY_CHANGE_ON_RESUME = set("resume checkpoint_every data_path tokenizer_path micro_batch_tokens dry_run plan_step_ms " \
+    "plan_memory_gb val_loss_every train_log_every eval_float eval_batch_seqs val_batch_size".split())
 DEMO_SETTINGS: dict[str, Any] = {
     "iterations": 320, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "warmdown_iters": 200, "swa_every": 5,
     "train_batch_tokens": 2048, "train_seq_len": 256, "val_batch_size": 16384, "val_loss_every": 100, "num_layers": 6,
@@ -465,10 +464,9 @@ def plain(plan: QuantPlan) -> dict[str, tuple[int, float, Tensor | None]]:  # fo
     return {name: (spec.bits, spec.step, spec.rows) for name, spec in plan.items()}
 StoredState = dict[str, tuple[Tensor, ...]]  # name -> (codes int8, scale fp16) or (values fp16,)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # what fp16 can store
-PRUNE_ABOVE_ELEMENTS = 65536
-HESSIAN_DAMPING, FEEDBACK_BLOCK = 0.01, 128  # share of the mean diagonal; columns whose errors are passed on together
+PRUNE_ABOVE_ELEMENTS, FEEDBACK_BLOCK = 65536, 128  # block: columns whose errors are passed on together
+HESSIAN_DAMPING, SEARCH_STEP, SEARCH_ROUNDS, LEAST_COST = 0.01, 0.2, 8, 0.3  # first and last: share of the mean
 STEPS = [1.5 * 2 ** (-i / 6) for i in range(34)]  # the menu for rate control
-SEARCH_STEP, SEARCH_ROUNDS, LEAST_COST = 0.4, 8, 0.3  # of `search_rows`; what an error costs at least, of the mean
 def category(name: str) -> str:  # the kind of a parameter: mlp, attn, bigram, embed or small (gains, scales, gates)
     if not name.endswith(("_proj.weight", "embed.weight", "lm_head.weight")): return "small"
     return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
@@ -497,17 +495,17 @@ def quantize_per_row(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     scale = row_scale(weight, spec)
     return round_to_grid(weight, scale, spec), scale.to(torch.float16)
 def search_rows(weight: Tensor, cost: Tensor) -> Tensor:
-    """Factors (R,) of the step for the rows of `weight` (R, C), the best of 17 each: least error, weighed by `cost`
-    (R,), plus the price of its codes' bits; code table and price follow the choice (Chou, Lookabaugh, Gray, 1989)."""
+    """Factors (R,) of the step for the rows of `weight` (R, C), the best of 17 each: least expected error (the lucky
+    roundings of one step are not those of another), weighed by `cost` (R,), plus the price of the codes' bits. The code
+    table and the price follow the choice (Chou, Lookabaugh and Gray, 1989)."""
     factors, rows = 2.0 ** (torch.arange(-8, 9, device=weight.device) / 4), torch.arange(len(weight))
-    tried = [quantize_per_row(weight, QuantSpec(8, SEARCH_STEP, factor)) for factor in factors]
-    errors = torch.stack([(weight - dequantize_per_row(*each)).square().sum(dim=1) for each in tried]) * cost.to(weight)
-    empty, ones = weight.new_zeros(len(weight), 256), torch.ones_like(weight)
-    counts = torch.stack([empty.scatter_add(1, codes.long() + 128, ones) for codes, _ in tried])
+    scales = torch.stack([row_scale(weight, QuantSpec(8, SEARCH_STEP, factor)) for factor in factors])
+    errors = torch.minimum(weight.square(), scales.square().unsqueeze(2) / 12).sum(dim=2) * cost.to(weight)
+    codes = torch.stack([round_to_grid(weight, scale, QuantSpec(8)) for scale in scales]).long() + 128
+    counts = weight.new_zeros(*scales.shape, 256).scatter_add_(2, codes, weight.new_ones(()).expand_as(codes))
     best = torch.full_like(rows, 8)
     for _ in range(SEARCH_ROUNDS):
-        used = counts[best, rows].sum(dim=0) + 0.02
-        price = 2 * math.log(2) * errors[best, rows].sum() / weight.numel()  # the slope of error by bits
+        used, price = counts[best, rows].sum(dim=0) + 0.02, 2 * math.log(2) * errors[best, rows].sum() / weight.numel()
         best = (errors + price * (counts @ (used.sum() / used).log2())).argmin(dim=0).cpu()
     return factors.cpu()[best]
 def round_with_feedback(weight: Tensor, scale: Tensor, spec: QuantSpec, hessian: Tensor) -> Tensor:
@@ -536,8 +534,7 @@ def quantize_state(state: Mapping[str, Tensor], plan: QuantPlan, cfg: Config, lo
                    hessians: Mapping[str, Tensor], share: Runtime | None = None) -> StoredState:
     """Prune and round: (codes, scale) where the plan has a grid, else (fp16 values,), on the CPU. Those in `hessians`
     are rounded with error feedback, with `share` each by one rank for all."""
-    stored: StoredState = {}
-    changed: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    stored, changed = StoredState(), defaultdict[str, list[int]](lambda: [0, 0])
     for i, (name, value) in enumerate(state.items()):
         full, spec, kind = value.detach().float(), plan.get(name), category(name)
         if not torch.isfinite(full.to(torch.float16)).all():
@@ -573,9 +570,8 @@ def rate_table(state: Mapping[str, Tensor], costs: Mapping[str, Tensor], kept: Q
         weight, kind, grids = value.detach().float(), category(name), list[QuantSpec]()
         cost = costs.get(name, torch.ones(len(weight) if weight.dim() else 1))  # on the CPU, as plans go to all ranks
         cost = cost + LEAST_COST * cost.mean().clamp(min=1e-30)
-        menu = STEPS if kind != "small" and name not in kept else []
-        rows = search_rows(weight, cost) if menu else None
-        for step in menu:
+        rows = search_rows(weight, cost) if kind != "small" and name not in kept else None
+        for step in STEPS if rows is not None else ():
             scale = row_scale(weight, QuantSpec(8, step, rows))
             reach = float((weight.abs().amax(dim=1) / scale).max())  # rare levels cost little: cut none
             grids.append(QuantSpec(min(8, max(2, 1 + math.ceil(math.log2(reach + 0.5)))), step, rows))
@@ -725,7 +721,7 @@ class BigramHash(nn.Module):
         return self.out_proj(self.embed(self.bucket(input_ids)).to(dtype)) * self.scale.to(dtype)
 class GPT(nn.Module):
     """The whole model. One forward path: `embedded` -> `hidden` -> `logits` -> `nll`."""
-    angles: Tensor
+    angles: Tensor  # cosines and sines (2, positions, head_dim / 2)
     def __init__(self, cfg: Config, plan: QuantPlan, dtype: torch.dtype, kernel: str = "sdpa") -> None:
         """`plan`: grids that the MLP trains on (empty: none); `dtype`: of the forward; `kernel`: see `attend`."""
         super().__init__()
@@ -760,8 +756,6 @@ class GPT(nn.Module):
         x = norm(self.embed(input_ids).to(self.dtype) + self.bigram(input_ids, self.dtype))
         gate = torch.sigmoid(self.smear_gate).to(x.dtype)
         return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, 0))[:, :-1]
-    def rope(self, begin: int, length: int) -> Tensor:  # cosines and sines (2, length, head_dim / 2) from `begin` on
-        return self.angles[:, begin : begin + length]
     def hidden(self, x0: Tensor, span: int, rope: Tensor, past: Kept | None = None) -> tuple[Tensor, Kept]:
         """x0 (B, T, D) -> hidden states of the last `span` positions, keys and values (`past` of the next)."""
         x, skip_scale = x0, self.skip_scale.to(self.dtype)
@@ -783,7 +777,7 @@ class GPT(nn.Module):
         nll = F.cross_entropy(self.logits(hidden).flatten(0, 1), target_ids.flatten(), reduction="none")
         return nll.view_as(target_ids), kept
     def nll(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:  # of token ids (B, T) that start a sequence
-        return self.chunk_nll(self.embedded(input_ids), target_ids, self.rope(0, input_ids.size(1)), None)[0]
+        return self.chunk_nll(self.embedded(input_ids), target_ids, self.angles[:, : input_ids.size(1)], None)[0]
     def loss(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:  # mean NLL of a training batch, nats per token
         return self.nll(input_ids, target_ids).mean()
 def activation_bytes(cfg: Config, rt: Runtime) -> float:
@@ -810,7 +804,6 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], cfg: Config, rt: Runtime) -> None:
         super().__init__(params, {"lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
         self.decay, self.steps, self.rt, self.equal_rows = cfg.weight_decay, cfg.muon_backend_steps, rt, cfg.muon_eq
-        # Ranks take turns over the matrices, those with the most multiplications per iteration first.
         work = [2.0 * min(p.shape) ** 2 * max(p.shape) + min(p.shape) ** 3 for p in params]
         turns = enumerate(sorted(range(len(params)), key=lambda i: -work[i]))
         self.mine = sorted(i for turn, i in turns if turn % rt.world_size == rt.rank)
@@ -847,8 +840,7 @@ class Optimizers:
                   {"params": [p for n, p in params.items() if category(n) == "small"], "lr": cfg.scalar_lr}]
         if model.lm_head is not None:
             groups.append({"params": [model.lm_head.weight], "lr": cfg.head_lr, "weight_decay": 0.0})
-        adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=cfg.weight_decay,
-                                 fused=True)
+        adam = torch.optim.AdamW(groups, 1e-3, (cfg.beta1, cfg.beta2), cfg.adam_eps, cfg.weight_decay, fused=True)
         self.muon = Muon([p for n, p in params.items() if n.endswith("_proj.weight")], cfg, rt)
         self.all: list[torch.optim.Optimizer] = [adam, self.muon]
         check_ownership(params, self.all)
@@ -933,8 +925,7 @@ class Evaluator:
         return EvalResult(total / self.data.val_targets, bpb, round(text_bytes), time.monotonic() - started)
     def sliding(self, model: GPT, batch: int) -> Iterator[tuple[float, Tensor]]:
         """(share of this rank's work that is done, `_sums`) of batches of windows, see `scoring_windows`."""
-        seq_len, rank = self.cfg.train_seq_len, self.rt.rank
-        stride = self.cfg.eval_stride or seq_len
+        seq_len, stride, rank = self.cfg.train_seq_len, self.cfg.eval_stride or self.cfg.train_seq_len, self.rt.rank
         windows = scoring_windows(self.data.val_targets, seq_len, stride)
         nll, slot = self.rt.compiled(model.nll), torch.arange(seq_len, device=self.rt.device)
         batches = [(1, seq_len, windows[:1])] if stride < seq_len and rank == 0 else []  # the first: another shape
@@ -962,7 +953,7 @@ class Evaluator:
             for i, begin in enumerate(range(0, min(1 + BAND_CHUNKS, chunks - starts[0]) * seq_len, seq_len)):
                 inputs, targets = tokens[:, begin : begin + seq_len], tokens[:, begin + 1 : begin + seq_len + 1]
                 x0 = model.embedded(tokens[:, max(0, begin - 2) : begin + seq_len])[:, -seq_len:]  # it looks back by 2
-                with rt.autocast(): losses, past = step(x0, targets, model.rope(begin, seq_len), past)
+                with rt.autocast(): losses, past = step(x0, targets, model.angles[:, begin : begin + seq_len], past)
                 scored = torch.tensor([[start + i < chunks and (i > 0 or start == 0)] for start in starts])
                 done = (at + len(starts) * (i + 1) / (1 + BAND_CHUNKS)) / len(mine)
                 yield min(done, 1.0), self._sums(losses, inputs, targets, scored.to(rt.device))
@@ -1293,11 +1284,10 @@ class Trainer:
         self.products = {f"{n}.weight": products[re.sub("[kv]_proj$", "q_proj", n)] for n, _ in layers if products}
     def choose_grids(self) -> None:
         """Make the plan that spends ARTIFACT_LIMIT_BYTES, weighing errors by their costs on training tokens."""
-        begun = time.perf_counter()
+        begun, weights = time.perf_counter(), weights_of(self.model)
         self.measure()
         budget = AIM * (self.cfg.artifact_limit_bytes - Path(__file__).stat().st_size)
-        table = rate_table(weights_of(self.model), self.costs, self.grids) if self.rt.rank == 0 else {}
-        self.plan = self.rt.from_rank_0(lambda: allocate(table, budget))
+        self.plan = self.rt.from_rank_0(lambda: allocate(rate_table(weights, self.costs, self.grids), budget))
         self.rt.log(f"plan step:{self.step} bits:{bits_of(self.plan)} time:{time.perf_counter() - begun:.3g}s")
     def start_qat(self) -> None:
         """Switch fake quantization on, on the grids of the plan; snapshots from before would not fit those after."""

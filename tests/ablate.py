@@ -123,6 +123,7 @@ RECIPES: dict[str, Recipe] = {
     "ema": Recipe({"SWA_ALWAYS": 1}, EMA, forks=True),
     "nearest": Recipe({"ERROR_FEEDBACK": 0}, forks=True),
     "qat_0.8": Recipe({"QAT_START_FRAC": 0.8}),
+    "qat_0.7": Recipe({"QAT_START_FRAC": 0.7}),
     "qat_0.5": Recipe({"QAT_START_FRAC": 0.5}),
     "qat_0": Recipe({"QAT_START_FRAC": 0}),
     "relu": Recipe({"RELU_SLOPE": 0}),
@@ -142,6 +143,8 @@ ORDER = [(r, p, 42) for p in ("long", "small") for r in MAIN]
 ORDER += [(r, p, s) for s in (43, 44) for r in MAIN for p in ("small", "long") if s == 43 or p == "small"]
 ORDER += [(r, "large", s) for s in (42, 43) for r in MAIN[:2]]
 ORDER += [(r, p, 42) for p in ("small", "long") for r, recipe in RECIPES.items() if recipe.forks and r not in MAIN]
+ORDER += [("ema", p, 43) for p in ("small", "long")]
+ORDER += [(r, p, 42) for p in ("small", "long") for r in ("qat_0.8", "qat_0.5", "qat_0.7")]
 ORDER += [(r, p, s) for r in ("no_value_residual", "attention_gate") for name, p, s in ORDER if name == "default"]
 ORDER += [(r, "screen", 42) for r, recipe in RECIPES.items() if r == "default" or not recipe.forks]
 ORDER.remove(("no_value_residual", "screen", 42))  # the screen's default

@@ -44,10 +44,13 @@ def main() -> int:
         )
         codes, scale = t.quantize_per_row(layer.weight.detach(), t.QuantSpec(4))
         print("export codes", codes.dtype, "scales", scale.dtype, codes.device)
+        rows = t.search_rows(layer.weight.detach(), torch.ones(len(scale)))
+        scale = t.row_scale(layer.weight.detach(), t.QuantSpec(8, 0.2, rows))
+        print("searched scales", tuple(rows.shape), rows.device, "on", scale.dtype, scale.device)
         with torch.no_grad(), rt.autocast():
-            loss, rope = model.loss(ids, ids), model.rope(0, cfg.train_seq_len)
+            loss, rope = model.loss(ids, ids), model.angles[:, : cfg.train_seq_len]
             hidden, past = model.hidden(model.embedded(ids), cfg.train_seq_len, rope)
-            x0, rope = model.embedded(ids), model.rope(cfg.train_seq_len, cfg.train_seq_len)
+            x0, rope = model.embedded(ids), model.angles[:, cfg.train_seq_len : 2 * cfg.train_seq_len]
             banded, _ = model.chunk_nll(x0, ids, rope, past)
             span = model.nll(ids, ids[:, -cfg.eval_stride :])
         print("forward", tuple(hidden.shape), hidden.dtype, "loss", loss.dtype, loss.device)

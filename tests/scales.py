@@ -1,11 +1,10 @@
 """How good are container and scales of a trained run? `python tests/scales.py logs/RUN.weights` prints two tables.
 
 The first quantizes all matrices at 0.57 bytes per parameter and compares the artifact with torch.save and zstd-22 of
-the same codes, and with what ideal order-0 coders would make of the codes. The second asks whether a search per row
-would beat the formula of `row_scale`. For each matrix: the grid of the formula nearest to 4.5 bits a weight, against
-scales that are searched row by row for the least error + price * bits (17 candidates a row, four rounds in which the
-code table follows the choice). Errors are weighed by the rows' costs, as in the plan; the search's error is brought to
-the formula's number of bytes along the slope of the rate table. Below 1 the search is better."""
+the same codes, and with what ideal order-0 coders would make of the codes. The second has, for each
+matrix, the weighed error at 4.5 bits a weight (entropy of the codes, plus an fp16 scale a row) with equal steps for all
+rows and with the steps of a formula, as multiples of that with the scales that `search_rows` finds: above 1 the search
+is better. Errors are weighed by the rows' costs, as in the plan."""
 
 from __future__ import annotations
 
@@ -16,29 +15,29 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zstandard
 from tools import t
 
-TARGET_BITS, ROUNDS = 4.5, 4
+TARGET_BITS = 4.5
 
 
-def search(weight: torch.Tensor, cost: torch.Tensor, step: float, price: float) -> tuple[float, float]:
-    """(bytes, weighed error) with the scales that a search per row finds; `price`: error that a bit may save."""
-    base = step * weight.square().mean().sqrt()
-    widest = weight.abs().amax(dim=1) / 127
-    codes, errors = [], []
-    for power in range(-8, 9):
-        scale = torch.maximum(base * 2.0 ** (power / 4), widest).half().float()
-        codes.append(t.round_to_grid(weight, scale, t.QuantSpec(8)).long() + 128)
-        errors.append((weight - (codes[-1] - 128) * scale.unsqueeze(1)).square().sum(dim=1) * cost)
-    stacked, error, rows = torch.stack(codes), torch.stack(errors), torch.arange(len(weight))
-    pick = torch.full((len(weight),), 8)
-    for _ in range(ROUNDS):
-        counts = torch.bincount(stacked[pick, rows].flatten(), minlength=256) + 0.02
-        bits = -(counts / counts.sum()).log2()
-        pick = (error + price * bits[stacked].sum(dim=2)).argmin(dim=0)
-    return t.order0_bytes(stacked[pick, rows] - 128) + 2 * len(weight), float(error[pick, rows].sum())
+def formula_rows(weight: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """Factors of the step by the formula that the search replaced, its powers tuned on the proxies."""
+    size = weight.square().mean(dim=1).sqrt()
+    wanted = size.mean() ** 0.7 * size**0.3 * (cost / cost.mean().clamp(min=1e-30) + 0.03) ** -0.35
+    return wanted / weight.square().mean().sqrt()
+
+
+def error_at(weight: torch.Tensor, cost: torch.Tensor, rows: torch.Tensor | None) -> float:
+    """Weighed error at TARGET_BITS a weight, between the steps of the menu on either side."""
+    sizes, errors = list[float](), list[float]()
+    for step in t.STEPS:
+        codes, scale = t.quantize_per_row(weight, t.QuantSpec(8, step, rows))
+        sizes.append(8 * (t.order0_bytes(codes) + 2 * len(codes)) / weight.numel())
+        errors.append(float(((t.dequantize_per_row(codes, scale) - weight).square().sum(dim=1) * cost).sum().log()))
+    return math.exp(np.interp(TARGET_BITS, sizes, errors))
 
 
 def container(trained: dict[str, Any]) -> str:
@@ -74,20 +73,16 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     trained = t.load_tensors(parser.parse_args().weights, "weights", "costs", "config")
     print(container(trained))
-    print("| matrix | bits | error of the search / of the formula |\n|---|---|---|")
-    ratios = list[float]()
+    print("| matrix | error with equal steps | with the formula |\n|---|---|---|")
+    found = list[list[float]]()
     for name, cost in trained["costs"].items():
         weight = trained["weights"][name].float()
-        points = [p for p in t.rate_table({name: weight}, {name: cost}, {})[name] if p[2] is not None]
-        at = min(range(1, len(points) - 1), key=lambda i: abs(8 * points[i][0] / weight.numel() - TARGET_BITS))
-        (less, worse, _), (size, formula, grid), (more, better, _) = points[at - 1 : at + 2]
-        found = list[float]()
-        for factor in (0.7, 0.85, 1.0, 1.2):  # of the price, so that one of them comes out near the formula's bytes
-            got, error = search(weight, cost, grid.step, factor * (worse - better) / (8 * (more - less)))
-            found.append(error * math.exp(math.log(worse / better) / (more - less) * (got - size)))
-        ratios.append(min(found) / formula)
-        print(f"| {name} | {8 * size / weight.numel():.2f} | {ratios[-1]:.3f} |", flush=True)
-    print(f"| mean of {len(ratios)} | | {sum(ratios) / len(ratios):.3f} |")
+        cost = cost + t.LEAST_COST * cost.mean().clamp(min=1e-30)
+        searched = error_at(weight, cost, t.search_rows(weight, cost))
+        found.append([error_at(weight, cost, rows) / searched for rows in (None, formula_rows(weight, cost))])
+        print(f"| {name} | {found[-1][0]:.3f} | {found[-1][1]:.3f} |", flush=True)
+    equal, formula = np.exp(np.log(found).mean(axis=0))
+    print(f"| mean of {len(found)} | {equal:.3f} | {formula:.3f} |")
 
 
 if __name__ == "__main__":

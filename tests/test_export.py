@@ -29,11 +29,15 @@ def weights(cfg: t.Config, seed: int, tails: float, rows: float) -> dict[str, to
     return state
 
 
+def costs_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What errors in the rows of the matrices cost."""
+    generator = torch.Generator().manual_seed(7)
+    return {n: torch.rand(len(w), generator=generator) ** 4 for n, w in state.items() if t.category(n) != "small"}
+
+
 def exported(cfg: t.Config, state: dict[str, torch.Tensor], grids: t.QuantPlan, lines: list[str]) -> tuple[int, bool]:
     """Bytes of code and model that `export` leaves on disk, and whether it says that they fit."""
-    generator = torch.Generator().manual_seed(7)
-    costs = {n: torch.rand(len(w), generator=generator) ** 4 for n, w in state.items() if t.category(n) != "small"}
-    trained = {"weights": state, "costs": costs, "grids": t.plain(grids), "hessians": {}}
+    trained = {"weights": state, "costs": costs_of(state), "grids": t.plain(grids), "hessians": {}}
     path, fits = t.export(trained, cfg, lines.append, "f" * 64)
     return path.stat().st_size + CODE_BYTES, fits
 
@@ -56,7 +60,7 @@ def test_limit_is_kept_and_used(seed: int, tmp_path: Path, monkeypatch: pytest.M
     params = sum(w.numel() for w in state.values())
     limit = CODE_BYTES + 4000 + round(params * rng.uniform(0.35, 0.95))  # above, whole matrices go from int8 to fp16
     cfg = t.dataclasses.replace(cfg, artifact_limit_bytes=limit)
-    table = t.rate_table(state, {}, {})
+    table = t.rate_table(state, costs_of(state), {})
     mlp = {n: s for n, s in t.allocate(table, 0.9 * (limit - CODE_BYTES)).items() if t.category(n) == "mlp"}
     lines: list[str] = []
     total, fits = exported(cfg, state, mlp if rng.random() < 0.5 else {}, lines)

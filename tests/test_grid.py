@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 from tools import config, model_for, plan_for, t
@@ -43,19 +47,79 @@ def test_grid(bits: int) -> None:
 
 @pytest.mark.parametrize("step", [0.02, 0.3, 1.5])
 def test_scales_of_a_planned_grid(step: float) -> None:
-    """At most 8 values per octave, no more than 1/8 over the formula's, and never so small that a weight is cut."""
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(200, 64, generator=generator) * torch.exp(torch.randn(200, 1, generator=generator))
-    cost = torch.rand(200, generator=generator) ** 4
-    scale = t.row_scale(weight, t.QuantSpec(8, step, cost))
+    """At most 8 values per octave, up to 1/8 over what the search found, and never so small that a weight is cut."""
+    weight, cost = spread_rows(200, 64)
+    factors = t.search_rows(weight, cost)
+    spec = t.QuantSpec(8, step, factors)
+    scale = t.row_scale(weight, spec)
     mantissa = torch.frexp(scale)[0]
     assert torch.equal(16 * mantissa, (16 * mantissa).round()) and torch.equal(scale, scale.half().float())
-    size = weight.square().mean(dim=1).sqrt()
-    wanted = step * size.mean() ** (1 - t.SIZE_POWER) * size**t.SIZE_POWER
-    wanted = torch.maximum(wanted * (cost / cost.mean() + t.LEAST_COST) ** t.COST_POWER, weight.abs().amax(1) / 127)
+    wanted = torch.maximum(step * weight.square().mean().sqrt() * factors, weight.abs().amax(1) / 127)
     assert (scale >= wanted * 0.999999).all() and (scale <= wanted * 1.126).all()
-    error = (t.fake_quantize_per_row(weight, scale, t.QuantSpec(8, step, cost)) - weight).abs()
+    error = (t.fake_quantize_per_row(weight, scale, spec) - weight).abs()
     assert (error <= scale.unsqueeze(1) / 2 + 1e-6).all()
+
+
+def spread_rows(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (R, C) of different sizes and what errors in them cost (R,)."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(rows, columns, generator=generator) * torch.exp(torch.randn(rows, 1, generator=generator))
+    return weight, torch.rand(rows, generator=generator) ** 4 + 0.01
+
+
+def test_search_of_scales() -> None:
+    """No row would do better with another of the 17 factors, given the code table and the price that come out: counted
+    row by row from the definition. An error is expected to be a uniform one's, or all of a weight that is smaller.
+    Units of weights and costs do not matter."""
+    weight, cost = spread_rows(12, 40)
+    factors = t.search_rows(weight, cost)
+    assert factors.dtype == torch.float32 and len(factors.unique()) > 3
+
+    def tried(row: int, factor: float) -> tuple[list[int], float]:
+        step = t.SEARCH_STEP * weight.square().mean().sqrt().item() * factor
+        exponent = math.floor(math.log2(step)) - 3
+        scale = max(math.ceil(step / 2**exponent) * 2**exponent, 0.0)
+        scale = max(scale, -(-weight[row].abs().max().item() / 127 // 2**exponent) * 2**exponent)
+        codes = [round(x / scale) for x in weight[row].tolist()]
+        error = sum(min(x * x, scale * scale / 12) for x in weight[row].tolist())
+        return codes, error * cost[row].item()
+
+    chosen = [tried(row, factor) for row, factor in enumerate(factors.tolist())]
+    counts = Counter(code for codes, _ in chosen for code in codes)
+    total = 480 + 256 * 0.02
+    price = 2 * math.log(2) * sum(error for _, error in chosen) / 480
+    for row, own in enumerate(factors.tolist()):
+        value = {}
+        for factor in (2 ** (power / 4) for power in range(-8, 9)):
+            codes, error = tried(row, factor)
+            value[factor] = error + price * sum(math.log2(total / (counts[code] + 0.02)) for code in codes)
+        assert min(value.values()) == pytest.approx(value[min(value, key=lambda f: abs(f - own))], rel=1e-3)
+    for other in (t.search_rows(4 * weight, cost), t.search_rows(weight, 8 * cost)):
+        assert torch.equal(other, factors)
+
+
+def test_search_spends_bytes_where_errors_cost() -> None:
+    """At the same bytes the searched scales have less weighed error than equal steps, and dear rows smaller steps."""
+    weight, cost = spread_rows(400, 64)
+    factors = t.search_rows(weight, cost)
+    curves = []
+    for rows in (factors, None):
+        curve = []
+        for step in t.STEPS:
+            codes, scale = t.quantize_per_row(weight, t.QuantSpec(8, step, rows))
+            error = (t.dequantize_per_row(codes, scale) - weight).square().sum(dim=1) @ cost
+            curve.append((t.order0_bytes(codes), math.log(error)))
+        curves.append(np.array(curve).T)
+    sizes = np.linspace(6000, 14000, 5)
+    searched, equal = (np.interp(sizes, *curve) for curve in curves)
+    assert (searched < equal - 0.5).all(), (searched, equal)
+    assert factors[cost > 0.5].log2().mean() < factors[cost < 0.05].log2().mean() - 1
+
+
+def test_search_of_odd_rows() -> None:
+    """Zeros, rows of zeros, huge and tiny ones, no cost at all: finite factors of the menu."""
+    for weight, cost in ((weights(), torch.ones(40)), (weights(), torch.zeros(40)), (torch.zeros(3, 5), torch.ones(3))):
+        assert (t.search_rows(weight, cost).log2() * 4).abs().le(8).all()
 
 
 def test_straight_through() -> None:

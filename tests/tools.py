@@ -112,4 +112,4 @@ def values(output: str, key: str) -> list[float]:
 
 def hidden(model: t.GPT, ids: torch.Tensor, span: int | None = None) -> torch.Tensor:
     """Final hidden states of the last `span` positions (default: of all) of token ids (B, T)."""
-    return model.hidden(model.embedded(ids), span or ids.size(1), model.rope(0, ids.size(1)))[0]
+    return model.hidden(model.embedded(ids), span or ids.size(1), model.angles[:, : ids.size(1)])[0]
