@@ -457,6 +457,8 @@ class QuantSpec:
     bits: int
     step: float = 0.0
     rows: Tensor | None = field(default=None, compare=False, repr=False)
+    def __post_init__(self) -> None:  # older versions stored costs there, which are far smaller than factors
+        if self.rows is not None and self.rows.min() < 0.01: raise ValueError("grids of an older version: use that one")
     qmin = property(lambda self: -(1 << (self.bits - 1)))
     qmax = property(lambda self: (1 << (self.bits - 1)) - 1)
 QuantPlan = dict[str, QuantSpec]  # parameter name -> grid; parameters that it does not name are stored as fp16
@@ -496,16 +498,16 @@ def quantize_per_row(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return round_to_grid(weight, scale, spec), scale.to(torch.float16)
 def search_rows(weight: Tensor, cost: Tensor) -> Tensor:
     """Factors (R,) of the step for the rows of `weight` (R, C), the best of 17 each: least expected error (the lucky
-    roundings of one step are not those of another), weighed by `cost` (R,), plus the price of the codes' bits. The code
-    table and the price follow the choice (Chou, Lookabaugh and Gray, 1989)."""
+    roundings of one step are not those of another), weighed by `cost` (R,), plus the price of the codes' bits, whose
+    table follows the choice (Chou, Lookabaugh and Gray, 1989)."""
     factors, rows = 2.0 ** (torch.arange(-8, 9, device=weight.device) / 4), torch.arange(len(weight))
-    scales = torch.stack([row_scale(weight, QuantSpec(8, SEARCH_STEP, factor)) for factor in factors])
-    errors = torch.minimum(weight.square(), scales.square().unsqueeze(2) / 12).sum(dim=2) * cost.to(weight)
-    codes = torch.stack([round_to_grid(weight, scale, QuantSpec(8)) for scale in scales]).long() + 128
-    counts = weight.new_zeros(*scales.shape, 256).scatter_add_(2, codes, weight.new_ones(()).expand_as(codes))
-    best = torch.full_like(rows, 8)
+    scales, spec = [row_scale(weight, QuantSpec(8, SEARCH_STEP, factor)) for factor in factors], QuantSpec(8)
+    empty, ones, cost = weight.new_zeros(len(weight), 256), torch.ones_like(weight), cost.to(weight)
+    errors = torch.stack([cost * torch.minimum(weight.square(), s.square().unsqueeze(1) / 12).sum(1) for s in scales])
+    counts = torch.stack([empty.scatter_add(1, round_to_grid(weight, s, spec).long() + 128, ones) for s in scales])
+    best, price = torch.full_like(rows, 8), 2 * math.log(2) * errors[8].sum() / weight.numel()  # what a bit saves there
     for _ in range(SEARCH_ROUNDS):
-        used, price = counts[best, rows].sum(dim=0) + 0.02, 2 * math.log(2) * errors[best, rows].sum() / weight.numel()
+        used = counts[best, rows].sum(dim=0) + 0.02
         best = (errors + price * (counts @ (used.sum() / used).log2())).argmin(dim=0).cpu()
     return factors.cpu()[best]
 def round_with_feedback(weight: Tensor, scale: Tensor, spec: QuantSpec, hessian: Tensor) -> Tensor:
@@ -1101,6 +1103,7 @@ def export(trained: Trained, cfg: Config, log: Log, tokenizer: str) -> tuple[Pat
     kept = {name: QuantSpec(*values) for name, values in trained["grids"].items()}
     plan, packed = starting_plan(state, cfg) | kept, started
     tried: list[tuple[bool, int, QuantPlan, StoredState, bytes]] = []
+    quantize_state(state, {}, cfg, lambda line: None, {})  # raises for weights that are not finite
     for grids in (kept, {}):  # without the trained grids where nothing fits beside them
         table, budget = rate_table(state, costs, grids) if cfg.rate_control else {}, AIM * (limit - code_bytes)
         for _ in range(EXPORT_ROUNDS):
@@ -1166,8 +1169,7 @@ def newest_checkpoint(cfg: Config, log: Log) -> dict[str, Any] | None:
     log(f"warning: RUN_ID={cfg.run_id} has no sound checkpoint: it starts from the beginning")
     return None
 # ---- 11 Training -----------------------------------------------------------------------------------------------------
-CALIBRATION_BATCH = 2048  # tokens per backward of the look at training tokens
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CALIBRATION_BATCH, STOP_SIGNALS = 2048, (signal.SIGTERM, signal.SIGINT)  # tokens per backward of `measure`
 class RunEnded(RuntimeError):
     """The training cannot go on (message, exit code): diverged, or stopped by a signal."""
 def log_model(model: GPT, cfg: Config, rt: Runtime) -> tuple[int, int]:
@@ -1387,9 +1389,8 @@ class Trainer:
         for number, handler in zip(STOP_SIGNALS, handlers, strict=True): signal.signal(number, handler)
         trained, took = self.choose_weights(), time.perf_counter() - self.clock_zero
         self.validate()
-        reason = "iterations" if self.step == cfg.iterations else "wallclock_cap"
-        self.rt.log(f"training stopped:{reason} step:{self.step} train_time:{1000 * took:.0f}ms "
-                    f"peak_memory_bytes:{self.rt.peak_memory_bytes()}")
+        self.rt.log(f"training stopped:{'iterations' if self.step == cfg.iterations else 'wallclock_cap'} "
+                    f"step:{self.step} train_time:{1000 * took:.0f}ms peak_memory_bytes:{self.rt.peak_memory_bytes()}")
         return trained
 # ---- 12 Main ---------------------------------------------------------------------------------------------------------
 def log_start(cfg: Config, origin: Mapping[str, str], warnings: Iterable[str], rt: Runtime) -> None:
@@ -1491,7 +1492,6 @@ def command_line() -> int:
     except KeyboardInterrupt:
         print("interrupted; what was written before is in logs/", file=sys.stderr)
         return 130
-
 if __name__ == "__main__":
     exit_code = command_line()
     if exit_code in (0, 3) and dist.is_initialized(): dist.destroy_process_group()  # else other ranks may hang in NCCL

@@ -89,6 +89,17 @@ def test_limit_just_above_the_trained_grids(tmp_path: Path, monkeypatch: pytest.
         assert fits and total <= limit, (share, total, limit)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_weights_that_are_not_finite(bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named, before a plan is made of them."""
+    monkeypatch.chdir(tmp_path)
+    cfg = config(run_id="x", rate_control=1)
+    state = weights(cfg, 0, 0.0, 0.0)
+    state["blocks.0.attn.q_proj.weight"][1, 2] = bad
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q_proj\.weight is not finite or beyond fp16"):
+        exported(cfg, state, {}, [])
+
+
 def test_too_small_a_limit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where even the coarsest grids do not fit, the smallest file is kept and the answer is no."""
     monkeypatch.chdir(tmp_path)

@@ -67,9 +67,10 @@ def spread_rows(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, torch.rand(rows, generator=generator) ** 4 + 0.01
 
 
-def test_search_of_scales() -> None:
-    """No row would do better with another of the 17 factors, given the code table and the price that come out: counted
-    row by row from the definition. An error is expected to be a uniform one's, or all of a weight that is smaller.
+def test_search_of_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row would do better with another of the 17 factors, given the code table that comes out and the price at equal
+    steps: counted row by row from the definition. More rounds change nothing. An error is expected to be a uniform
+    one's, or all of a weight that is smaller.
     Units of weights and costs do not matter."""
     weight, cost = spread_rows(12, 40)
     factors = t.search_rows(weight, cost)
@@ -87,13 +88,15 @@ def test_search_of_scales() -> None:
     chosen = [tried(row, factor) for row, factor in enumerate(factors.tolist())]
     counts = Counter(code for codes, _ in chosen for code in codes)
     total = 480 + 256 * 0.02
-    price = 2 * math.log(2) * sum(error for _, error in chosen) / 480
+    price = 2 * math.log(2) * sum(tried(row, 1.0)[1] for row in range(12)) / 480
     for row, own in enumerate(factors.tolist()):
         value = {}
         for factor in (2 ** (power / 4) for power in range(-8, 9)):
             codes, error = tried(row, factor)
             value[factor] = error + price * sum(math.log2(total / (counts[code] + 0.02)) for code in codes)
         assert min(value.values()) == pytest.approx(value[min(value, key=lambda f: abs(f - own))], rel=1e-3)
+    monkeypatch.setattr(t, "SEARCH_ROUNDS", 4 * t.SEARCH_ROUNDS)
+    assert torch.equal(t.search_rows(weight, cost), factors)
     for other in (t.search_rows(4 * weight, cost), t.search_rows(weight, 8 * cost)):
         assert torch.equal(other, factors)
 
@@ -114,6 +117,40 @@ def test_search_spends_bytes_where_errors_cost() -> None:
     searched, equal = (np.interp(sizes, *curve) for curve in curves)
     assert (searched < equal - 0.5).all(), (searched, equal)
     assert factors[cost > 0.5].log2().mean() < factors[cost < 0.05].log2().mean() - 1
+
+
+def test_search_beside_rows_of_zeros() -> None:
+    """Buckets that never occur have rows of zeros: what the others get does not run to the edge of the menu."""
+    weight, cost = spread_rows(400, 64)
+    for dead in (0, 100, 200, 300):
+        weight[:dead] = 0
+        live = t.search_rows(weight, cost)[dead:]
+        assert ((live > 0.26) & (live < 3.9)).float().mean() > 0.7 and live.log2().median().abs() < 1.2, dead
+
+
+def test_plan_uses_the_search() -> None:
+    """The grids of the table have the factors of the search, errors weighed with LEAST_COST of the mean cost; training
+    on such a grid is exporting it, bit for bit."""
+    weight, cost = spread_rows(64, 48)
+    name = "blocks.0.attn.q_proj.weight"
+    specs = [spec for _, _, spec in t.rate_table({name: weight}, {name: cost}, {})[name] if spec]
+    floored = cost + t.LEAST_COST * cost.mean()
+    expected = t.search_rows(weight, floored)
+    assert t.LEAST_COST > 0 and all(torch.equal(spec.rows, expected) for spec in specs) and len(expected.unique()) > 3
+    for points in t.rate_table({name: weight}, {name: cost}, {})[name][:-1]:
+        error = (t.dequantize_per_row(*t.quantize_per_row(weight, points[2])) - weight).square().sum(dim=1) @ floored
+        assert points[1] == pytest.approx(float(error), rel=1e-5)
+    layer = t.CastedLinear(48, 64, specs[12])
+    layer.weight.data.copy_(weight)
+    layer.refresh(True)
+    stored = t.quantize_state({name: weight}, {name: specs[12]}, config(), print, {})
+    assert torch.equal(layer.forward_weight.view(torch.int32), t.dequantize_state(stored)[name].view(torch.int32))
+
+
+def test_grids_of_an_older_version_are_refused() -> None:
+    """Files of before the search hold costs where the factors are now."""
+    with pytest.raises(ValueError, match="of an older version"):
+        t.QuantSpec(8, 0.2, torch.tensor([1e-8, 2e-7]))
 
 
 def test_search_of_odd_rows() -> None:
