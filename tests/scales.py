@@ -27,7 +27,7 @@ def formula_rows(weight: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
     """Factors of the step by the formula that the search replaced, its powers tuned on the proxies."""
     size = weight.square().mean(dim=1).sqrt()
     wanted = size.mean() ** 0.7 * size**0.3 * (cost / cost.mean().clamp(min=1e-30) + 0.03) ** -0.35
-    return wanted / weight.square().mean().sqrt()
+    return (wanted / weight.square().mean().sqrt()).clamp(min=0.01)
 
 
 def error_at(weight: torch.Tensor, cost: torch.Tensor, rows: torch.Tensor | None) -> float:
