@@ -1,10 +1,10 @@
 """How good are container and scales of a trained run? `python tests/scales.py logs/RUN.weights` prints two tables.
 
 The first quantizes all matrices at 0.57 bytes per parameter and compares the artifact with torch.save and zstd-22 of
-the same codes, and with what ideal order-0 coders would make of the codes. The second has, for each
-matrix, the weighed error at 4.5 bits a weight (entropy of the codes, plus an fp16 scale a row) with equal steps for all
-rows and with the steps of a formula, as multiples of that with the scales that `search_rows` finds: above 1 the search
-is better. Errors are weighed by the rows' costs, as in the plan."""
+the same codes, and with what ideal order-0 coders would make of the codes. The second has, for each matrix, the weighed
+error at 4.5 bits a weight (entropy of the codes, plus an fp16 scale a row) with equal steps for all rows and with the
+steps of a formula, as multiples of that with the scales that `search_rows` finds: above 1 the search is better. Errors
+are weighed by the rows' costs, as in the plan."""
 
 from __future__ import annotations
 
