@@ -1266,7 +1266,7 @@ class Trainer:
         yield from ((x[:, :-1], x[:, 1:]) for x in tokens.split(max(1, CALIBRATION_BATCH // seq_len)))
     def measure(self) -> None:
         """From calibration tokens: `costs` of errors in rows (mean squared gradients), `products` (C, C) of inputs."""
-        costs, products = defaultdict[str, Any](float), defaultdict[str, Any](float)
+        begun, costs, products = time.perf_counter(), defaultdict[str, Any](float), defaultdict[str, Any](float)
         def note(name: str, x: Tensor) -> None:
             """Add a layer's inputs (B, T, C)."""
             x = x.detach().flatten(0, -2).float()
@@ -1284,6 +1284,7 @@ class Trainer:
         self.costs = {name: self.rt.all_reduce(total).cpu() for name, total in costs.items()}
         for total in products.values(): self.rt.all_reduce(total)
         self.products = {f"{n}.weight": products[re.sub("[kv]_proj$", "q_proj", n)] for n, _ in layers if products}
+        self.rt.log(f"calibration step:{self.step} time:{time.perf_counter() - begun:.3g}s")
     def choose_grids(self) -> None:
         """Make the plan that spends ARTIFACT_LIMIT_BYTES, weighing errors by their costs on training tokens."""
         begun, weights = time.perf_counter(), weights_of(self.model)

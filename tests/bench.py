@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ablate  # noqa: E402
+from runs import numbers  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -516,12 +517,6 @@ def watched(settings: dict[str, Any], until: str) -> tuple[float, list[str]]:
     if process.returncode or not seen:
         raise RuntimeError("\n".join([f"exit code {process.returncode}", *lines[-20:]]))
     return seen, lines
-
-
-def numbers(lines: Iterable[str], start: str, key: str) -> list[float]:
-    """The numbers behind `key:` in the lines that start with `start`."""
-    found = (re.search(rf"\b{key}:([-+.\de]+)", line) for line in lines if line.startswith(start))
-    return [float(match[1]) for match in found if match]
 
 
 def section_startup(args: argparse.Namespace) -> Iterator[str]:

@@ -4,12 +4,10 @@ python tests/kill.py --kills 20 prints a Markdown table; the exit code is 0 if e
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runs import kill_all
 from tools import ROOT, environment
 
 PHASES = ["training", "checkpoint writing", "export", "evaluation"]
@@ -46,30 +45,6 @@ def start(folder: Path, ranks: int, log: Path, **changes: Any) -> subprocess.Pop
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT,
                                 env=env | environment(**SETTINGS | changes) | {"OMP_NUM_THREADS": "1"})
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all processes below it, from /proc."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            children.setdefault(int(path.read_text().rsplit(")", 1)[1].split()[1]), []).append(int(path.parent.name))
-    found = [pid]
-    for each in found:
-        found += children.get(each, [])
-    return found
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 the process and what it started, as a machine that goes away would; wait until all are gone."""
-    pids = descendants(process.pid)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    while any(Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-              for pid in pids[1:]):
-        time.sleep(0.01)
 
 
 def wait_for(process: subprocess.Popen[bytes], folder: Path, log: Path, phase: str, share: float) -> str:
