@@ -42,7 +42,7 @@ On a machine rented by the minute:
 
 The script is used through its command line, its files and these parts of its log alone, so that a rewrite that keeps
 them needs no change here: `config {JSON}`, `data path: val_targets:`, `model params: attn: mlp: embed:`, `plan
-rank_memory_bytes all:` (dry run), `batch micro_batch_tokens:`, `warm_up`, `step:N/M train_loss: train_time:`,
+rank_memory_bytes all:` (dry run), `batch micro_batch_tokens:`, `warm_up time:`, `step:N/M train_loss: train_time:`,
 `calibration time:`, `plan step: time:`, `qat active step:`, `checkpoint path:`, `resume checkpoint: step:`, `export
 weights: time:`, `training stopped step: train_time: peak_memory_bytes:`, `artifact round: plan_time: rounding_time:
 zstd_time:`, `artifact artifact_bytes: limit:`, `float_sliding val_bpb:`, `final_sliding val_bpb: eval_time:`. A part
@@ -200,8 +200,7 @@ class Bench:
         try:
             for line in process.stdout:
                 run.lines.append(line.rstrip("\n"))
-                run.stamps.append(time.monotonic() - self.begun)
-                print(f"[{run.stamps[-1]:6.1f}] {run.lines[-1]}", file=self.file, flush=True)
+                print(f"[{time.monotonic() - self.begun:6.1f}] {run.lines[-1]}", file=self.file, flush=True)
                 if until and until(run.lines):
                     break
             else:
@@ -209,7 +208,9 @@ class Bench:
         except OutOfTime:
             run.out_of_time = True
         finally:
+            left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # no alarm while processes are ended
             kill_all(process)
+            signal.setitimer(signal.ITIMER_REAL, left)
         name, seconds = texts.get("RUN_ID", command[-1]), time.monotonic() - begun
         self.say(f"ended {name} exit_code:{run.code} seconds:{seconds:.1f}")
         return run
@@ -303,12 +304,13 @@ def train_and_score(bench: Bench, name: str, torchrun: bool, **settings: Any) ->
     }
     run_id = bench.new_run_id(name)
     run = bench.run(run_id, settings, torchrun=torchrun)
-    if run.code and "COMPILE" not in bench.sizes and run.text(r"(step:\d+/)") is None:
-        bench.problems.append(f"failed before its first step, figures are of COMPILE=0: {error_line(run.lines)}")
-        bench.sizes["COMPILE"] = 0
-        bench.keep(sizes={"COMPILE": 0})
+    if run.code and "COMPILE" not in bench.sizes and not losses(run):
+        bench.problems.append(f"failed before its first step, then tried COMPILE=0: {error_line(run.lines)}")
         run_id = bench.new_run_id(name)
-        run = bench.run(run_id, settings, torchrun=torchrun)
+        run = bench.run(run_id, settings | {"COMPILE": 0}, torchrun=torchrun)
+        if losses(run):  # so it was compiling that failed
+            bench.sizes["COMPILE"] = 0
+            bench.keep(sizes={"COMPILE": 0})
     note_training(bench, run, run_id)
     note_score(bench, run)
     run.check()
@@ -317,7 +319,7 @@ def train_and_score(bench: Bench, name: str, torchrun: bool, **settings: Any) ->
 
 def note_training(bench: Bench, run: Run, run_id: str) -> None:
     """Figures of a run up to its last step, and of what it did with the weights afterwards."""
-    bench.figure("compile_warm_up_s", run.seconds_before("warm_up"))
+    bench.figure("compile_warm_up_s", run.number("warm_up", "time"))
     times = step_times(run.lines)
     milliseconds = times.plain or times.quantized  # only the latter where quantization starts with step 0
     bench.figure("ms_per_step", milliseconds)
@@ -339,11 +341,14 @@ def note_training(bench: Bench, run: Run, run_id: str) -> None:
     trained = run.number("training stopped", "train_time", 1e-3)
     bench.figure("steps", run.number("training stopped", "step"))
     bench.figure("over_cap_s", trained and trained - bench.cap)
-    note_recompiles(bench, run)
+    if bench.sizes.get("COMPILE") != 0:
+        note_recompiles(bench, run)
 
 
 def note_recompiles(bench: Bench, run: Run) -> None:
-    """A step that compiles again costs the run a minute."""
+    """A training step that compiles again costs the run a minute."""
+    if not losses(run):
+        return
     repeated = recompiles(run.lines)
     bench.figure("recompiles", repeated)
     if repeated:
@@ -380,7 +385,7 @@ def compiled_on_cpu(bench: Bench) -> None:
     settings = {"COMPILE": 1, "NUM_LAYERS": 1, "ITERATIONS": 20, "QAT_START_FRAC": 0.5, "TRAIN_LOG_EVERY": 1}
     run = bench.run(bench.new_run_id("compiled"), settings, until=lambda lines: lines[-1].startswith("step:20/"))
     run.check()
-    bench.figure("compiled_on_cpu_s", run.seconds_before("warm_up"))
+    bench.figure("compile_s", run.number("warm_up", "time"))
     note_recompiles(bench, run)
 
 
@@ -508,24 +513,22 @@ def memory(bench: Bench, gigabytes: int = 20) -> None:
     if bench.cpu:
         raise StageSkipped("needs CUDA")
     settings = {"ITERATIONS": 6, "WARMUP_STEPS": 2, "MAX_WALLCLOCK_SECONDS": 0, "WARMDOWN_ITERS": 3}
-    micro_batch = None
-    while micro_batch is None or micro_batch >= 2048:
-        if micro_batch:
-            settings["MICRO_BATCH_TOKENS"] = micro_batch
-        run_id = bench.new_run_id(f"memory{micro_batch or ''}")
+    while True:
+        run_id = bench.new_run_id(f"memory{settings.get('MICRO_BATCH_TOKENS', '')}")
         run = bench.run(run_id, settings, small=True, probe=("--memory-gb", str(gigabytes)))
-        taken = run.number("batch", "micro_batch_tokens")
+        taken = int(run.number("batch", "micro_batch_tokens") or settings.get("MICRO_BATCH_TOKENS", RANK_TOKENS))
         if run.code == 0 or not any("out of memory" in line.lower() for line in run.lines):
-            run.check()
-            bench.figure("micro_batch_tokens", taken)
-            bench.figure("peak_gb", run.number("training stopped", "peak_memory_bytes", 1e-9))
-            return
-        advised = run.text(r"error.*MICRO_BATCH_TOKENS=(\d+)")
+            break
         bench.figure("out_of_memory_with", taken)
+        advised = run.text(r"error.*MICRO_BATCH_TOKENS=(\d+)")
         if advised is None:
             bench.problems.append("the message names no MICRO_BATCH_TOKENS that would fit")
-        micro_batch = int(advised or (micro_batch or taken or RANK_TOKENS) // 2)
-    raise RunFailed("out of memory at every MICRO_BATCH_TOKENS")
+        settings["MICRO_BATCH_TOKENS"] = int(advised or taken // 2)
+        if not 0 < settings["MICRO_BATCH_TOKENS"] < taken:
+            raise RunFailed(f"out of memory with {taken}, and told to take {settings['MICRO_BATCH_TOKENS']}")
+    run.check()
+    bench.figure("micro_batch_tokens", taken)
+    bench.figure("peak_gb", run.number("training stopped", "peak_memory_bytes", 1e-9))
 
 
 class Stage(NamedTuple):
@@ -540,12 +543,15 @@ class Stage(NamedTuple):
     headlines: tuple[str, ...]  # figures that the table shows
 
 
-TRAINED = "ms_per_step share_of_ceiling peak_gb recompiles over_cap_s val_bpb quantization_gap artifact_bytes"
+TRAINED = (
+    "compile_warm_up_s ms_per_step share_of_ceiling peak_gb recompiles over_cap_s val_bpb quantization_gap "
+    "artifact_bytes"
+)
 AGAIN = "same_score killed_at_step resumed_at_step losses_apart smaller_bytes eval_s_8gpu"
 PROFILED = "ms_per_step device_busy_share attention_pytorch_choice_ms ms_per_step_without_mix_order"
 STAGES = (
     Stage(1, "ceilings", "what the card can do", ceilings, 15, 20, ("product_tflops", "copy_gb_per_s")),
-    Stage(2, "runs", "the default runs", runs, 190, 95, ("compile_warm_up_s", *TRAINED.split())),
+    Stage(2, "runs", "the default runs", runs, 190, 95, tuple(TRAINED.split())),
     Stage(3, "again", "the same score again", again, 95, 45, tuple(AGAIN.split())),
     Stage(4, "pr314", "the literal design beside it", pr314, 135, 15, tuple(TRAINED.split())),
     Stage(5, "profile", "what bounds the step", profile, 60, 20, tuple(PROFILED.split())),
@@ -625,6 +631,7 @@ def table(out: Path) -> str:
         figures = dict(line.removeprefix("figure ").split(":", 1) for line in lines if line.startswith("figure "))
         ends = [match for line in lines if (match := re.match(r"result seconds:(\S+) (.*)", line))]
         seconds, result = ends[-1].groups() if ends else ("", "cut off")
+        result = result.replace("|", "/")
         shown = " ".join(f"{name}:{figures[name]}" for name in stage.headlines if name in figures)
         rows.append(f"| {stage.number} {stage.name} | {stage.question} | {result} | {seconds} | {shown} |")
         sections += [f"- {stage.number} {stage.name}: " + " ".join(f"{k}:{v}" for k, v in figures.items())]
@@ -683,7 +690,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", type=stage_numbers, default=list(STAGES), help="such as 1-3 or 2,4 (default: all)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
     parser.add_argument("--train-seconds", type=float, help="in stages 2 and 4 (default: sized to the minutes)")
-    parser.add_argument("--out", default="gpu-out", help="folder of the files (default: gpu-out)")
+    parser.add_argument("--out", default="", help="folder of the files")
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir(), "train-gpt-gpu")), help="scratch folder")
     parser.add_argument("--wheels", type=Path, help="folder with wheels of packages that are missing")
     parser.add_argument("--script", default=str(ROOT / "train_gpt.py"), help="the script (default: this repository's)")
@@ -696,6 +703,12 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         parser.error("--data and --tokenizer belong together")
     if not 0 < options.minutes < math.inf:
         parser.error(f"--minutes {options.minutes} must be above 0")
+    if not options.out and not options.plan and not options.table:
+        parser.error("--out names the folder for the files")
+    if not Path(options.script).is_file():
+        parser.error(f"--script {options.script} is no file")
+    if options.table and not any(options.table.glob("[1-6]-*.txt")):
+        parser.error(f"--table {options.table} has no stage's file")
     return options
 
 

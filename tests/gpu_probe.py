@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 PRODUCT_SIZE = 8192  # of the square matrices on a GPU: large enough to reach the peak
 COPY_BYTES = 4 << 30  # far beyond any cache of a GPU
 CPU_PRODUCT_SIZE, CPU_COPY_BYTES = 1024, 256 << 20
-WARM_UPS, REPEATS = 3, 10
+WARM_UPS, REPEATS, TIMES = 2, 5, 10  # measurements of so many calls each: waiting for the device costs one of them 1%
 PROFILED_STEPS, LISTED_KERNELS = 10, 15
 RANK_SHAPE = {"sequences": 48, "length": 2048, "heads": 8, "kv_heads": 4, "head_dim": 64}  # 98,304 tokens
 TOY_SHAPE = {"sequences": 2, "length": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
@@ -42,14 +42,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of `work`, the device waited for before and after each of its runs."""
+    """Seconds of one call of `work`: the median of some measurements."""
     seconds = []
     for _ in range(WARM_UPS + REPEATS):
         synchronize(device)
         begun = time.perf_counter()
-        work()
+        for _ in range(TIMES):
+            work()
         synchronize(device)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append((time.perf_counter() - begun) / TIMES)
     return median(seconds[WARM_UPS:])
 
 
@@ -167,7 +168,7 @@ def print_kernels(profile: torch.profiler.profile, on_gpu: bool, seconds: float)
 
     events = [event for event in profile.key_averages() if event.device_type == wanted and not event.is_user_annotation]
     events.sort(key=milliseconds, reverse=True)
-    total = sum(map(milliseconds, events))
+    total = max(sum(map(milliseconds, events)), 1e-9)
     print(f"profile steps:{PROFILED_STEPS} wall_ms:{1000 * seconds:.1f} busy_ms:{total:.1f} kernels:{len(events)}")
     print("| ms per step | share | calls per step | kernel |")
     print("|---:|---:|---:|---|")

@@ -73,7 +73,6 @@ class Run:
     """One run of the script, or of the probe."""
 
     lines: list[str] = field(default_factory=list)
-    stamps: list[float] = field(default_factory=list)  # of the lines: seconds since the stage's start
     code: int | None = None  # exit code; None: ended by this program
     out_of_time: bool = False
 
@@ -93,13 +92,6 @@ class Run:
         """The group of the pattern's last match at the beginning of a line, or None."""
         found = [match[1] for line in self.lines if (match := re.match(pattern, line))]
         return found[-1] if found else None
-
-    def seconds_before(self, start: str) -> float | None:
-        """Seconds between the first line that begins with `start` and the line before it."""
-        for i in range(1, len(self.lines)):
-            if self.lines[i].startswith(start):
-                return self.stamps[i] - self.stamps[i - 1]
-        return None
 
 
 def error_line(lines: list[str]) -> str:

@@ -25,7 +25,7 @@ import train_gpt as t
 FILES = ["1-ceilings.txt", "2-runs.txt", "3-again.txt", "4-pr314.txt", "5-profile.txt", "6-memory.txt", "table.md"]
 TRAINED = (
     "compile_warm_up_s ms_per_step ms_per_step_qat tflops share_of_ceiling peak_gb choice_s steps over_cap_s "
-    "recompiles artifact_bytes val_bpb quantization_gap sliding_tokens_per_s eval_s_8gpu_compiling export_round_0_s"
+    "artifact_bytes val_bpb quantization_gap sliding_tokens_per_s eval_s_8gpu_compiling export_round_0_s"
 ).split()
 FIGURES = {
     "1": ["product_tflops", "copy_gb_per_s"],
@@ -90,12 +90,15 @@ def test_plan(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--plan", *words.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     limits = runs.numbers(lines, "stage ", "limit_s")
-    chosen = gpu.arguments(words.split())
+    chosen = gpu.arguments(["--plan", *words.split()])
     assert len(limits) == len(chosen.stages) and all(limit > 0 for limit in limits)
     assert sum(limits) < 60 * chosen.minutes
 
 
-@pytest.mark.parametrize("words", [["--stages", "0"], ["--stages", "2-9"], ["--minutes", "0"], ["--data", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--stages", "0"], ["--stages", "2-9"], ["--minutes", "0"], ["--data", "x"], ["--table", "x"], ["--out", ""]],
+)
 def test_bad_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2, and a message that names the value."""
     with pytest.raises(SystemExit) as error:
@@ -166,21 +169,13 @@ def test_stage_that_fails_or_sleeps_costs_its_own_line(tmp_path: Path, monkeypat
 
 def test_wrong_data_path(tmp_path: Path) -> None:
     """The stages that need data say what the script says of it; the one that needs none is ok."""
-    words = [
-        "--cpu",
-        "--stages",
-        "1,3",
-        "--minutes",
-        "5",
-        "--data",
-        tmp_path / "none",
-        "--tokenizer",
-        tmp_path / "none.model",
-    ]
-    done = program(*words, "--out", tmp_path / "out", "--work", tmp_path / "work")
+    data = ["--data", tmp_path / "none", "--tokenizer", tmp_path / "none.model"]
+    done = program(
+        "--cpu", "--stages", "1,5", "--minutes", 5, *data, "--out", tmp_path / "out", "--work", tmp_path / "work"
+    )
     table = rows(done.stdout)
     assert done.returncode == 1 and table["1"][1] == "ok"
-    assert table["3"][1].startswith("failed: exit code ") and "none.model" in table["3"][1]
+    assert table["5"][1].startswith("failed: exit code 2: ") and "none.model" in table["5"][1]
 
 
 def test_cut_off(tmp_path: Path) -> None:
@@ -338,12 +333,12 @@ def on_gpu(
 
 def test_compiling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage says so and still answers the rest, uncompiled; so do later stages."""
-    failed = runs.Run(["InductorError: no Triton"], [1.0], 1)
-    scored = runs.Run([*steps((5, 100), (10, 600)), "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"], [1.0] * 3, 0)
+    failed = runs.Run(["InductorError: no Triton"], 1)
+    scored = runs.Run([*steps((5, 100), (10, 600)), "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"], 0)
     bench, asked = on_gpu(tmp_path, monkeypatch, [failed, scored])
     gpu.train_and_score(bench, "default", torchrun=True)
     assert [settings.get("COMPILE") for settings in asked] == [None, 0]
-    assert bench.problems == ["failed before its first step, figures are of COMPILE=0: InductorError: no Triton"]
+    assert bench.problems == ["failed before its first step, then tried COMPILE=0: InductorError: no Triton"]
     assert bench.state["default"]["val_bpb"] == "1.5" and gpu.Bench(options(tmp_path)).sizes["COMPILE"] == 0
 
 
@@ -354,16 +349,16 @@ BATCH = "batch tokens:98304 ranks:1 micro_batch_tokens:98304 micro_steps:1"
 def test_less_memory_follows_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the value that the message names; without one it halves, and the stage says so."""
     advice = f"error: {OUT_OF_MEMORY} Set MICRO_BATCH_TOKENS=32768"
-    ended = runs.Run(["batch micro_batch_tokens:32768"], [1.0], 0)
-    bench, asked = on_gpu(tmp_path, monkeypatch, [runs.Run([BATCH, advice], [1.0] * 2, 2), ended])
+    ended = runs.Run(["batch micro_batch_tokens:32768"], 0)
+    bench, asked = on_gpu(tmp_path, monkeypatch, [runs.Run([BATCH, advice], 2), ended])
     gpu.memory(bench)
     assert asked[1]["MICRO_BATCH_TOKENS"] == 32768 and not bench.problems
-    silent = [runs.Run([BATCH, OUT_OF_MEMORY], [1.0] * 2, 1), runs.Run([OUT_OF_MEMORY], [1.0], 1), ended]
+    silent = [runs.Run([BATCH, OUT_OF_MEMORY], 1), runs.Run([OUT_OF_MEMORY], 1), ended]
     bench, asked = on_gpu(tmp_path, monkeypatch, silent)
     gpu.memory(bench)
     assert [settings.get("MICRO_BATCH_TOKENS") for settings in asked] == [None, 49152, 24576] and len(
         bench.problems
     ) == 2
-    bench, _ = on_gpu(tmp_path, monkeypatch, [runs.Run(["error: no shards"], [1.0], 2)])
+    bench, _ = on_gpu(tmp_path, monkeypatch, [runs.Run(["error: no shards"], 2)])
     with pytest.raises(runs.RunFailed, match="no shards"):
         gpu.memory(bench)
