@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ablate  # noqa: E402
-from runs import numbers  # noqa: E402
+from run_log import numbers  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 

@@ -9,11 +9,14 @@ python tests/gpu_probe.py script FILE [--profile-after N] [--memory-gb X]      t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import runpy
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +32,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 PRODUCT_SIZE = 8192  # of the square matrices on a GPU: large enough to reach the peak
 COPY_BYTES = 4 << 30  # far beyond any cache of a GPU
 CPU_PRODUCT_SIZE, CPU_COPY_BYTES = 1024, 256 << 20
-WARM_UPS, REPEATS, TIMES = 2, 5, 10  # measurements of so many calls each: waiting for the device costs one of them 1%
+WARM_UPS, REPEATS = 2, 5
+CALLS_PER_MEASUREMENT = 10  # waiting for the device after each call would cost a call of 1 ms some 1%
 PROFILED_STEPS, LISTED_KERNELS = 10, 15
 RANK_SHAPE = {"sequences": 48, "length": 2048, "heads": 8, "kv_heads": 4, "head_dim": 64}  # 98,304 tokens
 TOY_SHAPE = {"sequences": 2, "length": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
@@ -47,10 +51,10 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     for _ in range(WARM_UPS + REPEATS):
         synchronize(device)
         begun = time.perf_counter()
-        for _ in range(TIMES):
+        for _ in range(CALLS_PER_MEASUREMENT):
             work()
         synchronize(device)
-        seconds.append((time.perf_counter() - begun) / TIMES)
+        seconds.append((time.perf_counter() - begun) / CALLS_PER_MEASUREMENT)
     return median(seconds[WARM_UPS:])
 
 
@@ -73,6 +77,9 @@ def print_machine() -> None:
             f"card memory_gb:{card.total_memory / 1e9:.1f} multiprocessors:{card.multi_processor_count} "
             f"capability:{card.major}.{card.minor} name:{card.name}"
         )
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu", "--format=csv"]
+            print("nvidia-smi", *subprocess.run(query, capture_output=True, text=True).stdout.splitlines(), sep=" | ")
     else:
         print(f"card none, cpus:{os.cpu_count()}")
 
@@ -94,10 +101,13 @@ def print_ceilings(device: torch.device) -> None:
     print(f"ceilings product_tflops:{flops / 1e12:.4g} copy_gb_per_s:{bytes_per_second / 1e9:.4g}")
 
 
-def attention_kernels() -> dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]]:
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def attention_kernels() -> dict[str, Attention]:
     """Causal attention of q (B, T, H, D), k and v (B, T, KV, D) by each kernel that may be there."""
 
-    def by_pytorch(backend: SDPBackend | None, expand: bool) -> Callable[..., torch.Tensor]:
+    def by_pytorch(backend: SDPBackend | None, expand: bool) -> Attention:
         """PyTorch's attention; `expand`: keys and values repeated for kernels that know no groups of heads."""
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -105,10 +115,9 @@ def attention_kernels() -> dict[str, Callable[[torch.Tensor, torch.Tensor, torch
                 k = k.repeat_interleave(q.size(2) // k.size(2), dim=2)
                 v = v.repeat_interleave(q.size(2) // v.size(2), dim=2)
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            if backend is None:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not expand)
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not expand)
+            with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not expand)
+            return out.transpose(1, 2)
 
         return attend
 
@@ -137,18 +146,20 @@ def print_attention(device: torch.device) -> None:
     q = torch.randn(batch, length, shape["heads"], head_dim, device=device, dtype=dtype, requires_grad=True)
     k = torch.randn(batch, length, shape["kv_heads"], head_dim, device=device, dtype=dtype, requires_grad=True)
     v = torch.randn_like(k, requires_grad=True)
-    # Two products of T x T x D per head and sequence, half of them masked; the backward has five (arXiv:2205.14135).
+    out_grad = torch.randn_like(q, requires_grad=False)
+
+    def forward_and_backward(attend: Attention) -> None:
+        torch.autograd.grad(attend(q, k, v), (q, k, v), out_grad)
+
+    # The forward has two products of T x T x D per head and sequence, half of them masked; the backward has five
+    # (arXiv:2205.14135).
     product_flops = 2 * batch * shape["heads"] * length**2 * head_dim / 2
     print("attention shape " + " ".join(f"{key}:{value}" for key, value in shape.items()))
     for name, attend in attention_kernels().items():
-
-        def both(attend: Callable[..., torch.Tensor] = attend) -> None:
-            attend(q, k, v).sum().backward()
-
         try:
             with torch.no_grad():
                 forward = seconds_of(partial(attend, q, k, v), device)
-            total = seconds_of(both, device)
+            total = seconds_of(partial(forward_and_backward, attend), device)
         except (RuntimeError, ImportError, TypeError) as error:
             print(f"attention kernel:{name} error:{type(error).__name__}: {str(error).splitlines()[0][:150]}")
             continue
@@ -160,7 +171,7 @@ def print_attention(device: torch.device) -> None:
 
 
 def print_kernels(profile: torch.profiler.profile, on_gpu: bool, seconds: float) -> None:
-    """The most expensive kernels of the profiled steps: a GPU's kernels, or a CPU's operators, without those inside."""
+    """The most expensive kernels of the profiled steps; on a CPU its operators, by their own time."""
     wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
 
     def milliseconds(event: Any) -> float:
@@ -168,7 +179,7 @@ def print_kernels(profile: torch.profiler.profile, on_gpu: bool, seconds: float)
 
     events = [event for event in profile.key_averages() if event.device_type == wanted and not event.is_user_annotation]
     events.sort(key=milliseconds, reverse=True)
-    total = max(sum(map(milliseconds, events)), 1e-9)
+    total = max(sum(map(milliseconds, events)), 1e-9)  # a profiler that saw nothing shall end in an empty table
     print(f"profile steps:{PROFILED_STEPS} wall_ms:{1000 * seconds:.1f} busy_ms:{total:.1f} kernels:{len(events)}")
     print("| ms per step | share | calls per step | kernel |")
     print("|---:|---:|---:|---|")
@@ -179,7 +190,10 @@ def print_kernels(profile: torch.profiler.profile, on_gpu: bool, seconds: float)
 
 
 def mix_order_reduction() -> str:
-    """Whether Inductor fuses reductions over different axes, which PyTorch 2.11 was slower for; "none": no setting."""
+    """Whether Inductor fuses reductions over different axes; "none" if this PyTorch has no such setting.
+
+    It was reported to make a step of PyTorch 2.11 6 ms longer.
+    """
     from torch._inductor import config
 
     value = getattr(config.triton, "mix_order_reduction", None)
@@ -213,7 +227,7 @@ def profile_after(steps: int) -> None:
             profile.stop()
             print_kernels(profile, on_gpu, seconds)
             sys.stdout.flush()
-            os._exit(0)
+            os._exit(0)  # no exception: the script might catch it
 
     register_optimizer_step_post_hook(after_step)
 
@@ -230,23 +244,25 @@ def run_script(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """One of the parts."""
+    """Run the part that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["machine", "ceilings", "attention", "script"])
-    parser.add_argument("file", nargs="?", default="train_gpt.py")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--profile-after", type=int, default=0, metavar="STEPS")
-    parser.add_argument("--memory-gb", type=float, default=0.0)
+    parts = parser.add_subparsers(dest="part", required=True)
+    parts.add_parser("machine")
+    for name in ("ceilings", "attention"):
+        parts.add_parser(name).add_argument("--cpu", action="store_true")
+    script = parts.add_parser("script")
+    script.add_argument("file")
+    script.add_argument("--profile-after", type=int, default=0, metavar="STEPS", help="optimizer steps, warm-up too")
+    script.add_argument("--memory-gb", type=float, default=0.0, help="what PyTorch's allocator may hold")
     options = parser.parse_args()
-    device = torch.device("cpu" if options.cpu else "cuda")
     if options.part == "machine":
         print_machine()
-    elif options.part == "ceilings":
-        print_ceilings(device)
-    elif options.part == "attention":
-        print_attention(device)
-    else:
+    elif options.part == "script":
         run_script(options)
+    else:
+        device = torch.device("cpu" if options.cpu else "cuda")
+        measure = print_ceilings if options.part == "ceilings" else print_attention
+        measure(device)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runs import kill_all
+from processes import kill_all
 from tools import ROOT, environment
 
 PHASES = ["training", "checkpoint writing", "export", "evaluation"]

@@ -9,30 +9,30 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import gpu
 import pytest
-import runs
 import torch
+from processes import is_running
+from run_log import Run, RunFailed, error_line, numbers, recompiles, step_times
 from tools import ROOT, corpus
 
 import train_gpt as t
 
-FILES = ["1-ceilings.txt", "2-runs.txt", "3-again.txt", "4-pr314.txt", "5-profile.txt", "6-memory.txt", "table.md"]
-TRAINED = (
+FILES = ["1-ceilings.txt", "2-default.txt", "3-again.txt", "4-pr314.txt", "5-profile.txt", "6-memory.txt", "table.md"]
+AFTER_TRAINING = (
     "compile_warm_up_s ms_per_step ms_per_step_qat tflops share_of_ceiling peak_gb choice_s steps over_cap_s "
-    "artifact_bytes val_bpb quantization_gap sliding_tokens_per_s eval_s_8gpu_compiling export_round_0_s"
+    "artifact_bytes val_bpb quantization_gap eval_tokens_per_s_at_least eval_s_8gpu_at_most export_round_0_s"
 ).split()
 FIGURES = {
     "1": ["product_tflops", "copy_gb_per_s"],
-    "2": [*TRAINED, "planned_gb", "calibration_s", "plan_s", "qat_switch_s"],
+    "2": [*AFTER_TRAINING, "planned_gb", "calibration_s", "plan_s", "qat_switch_s"],
     "3": "same_score killed_at_step resumed_at_step ended_at_step steps_trained_twice losses_apart smaller_limit "
-    "smaller_bytes smaller_bpb_of_few_windows sliding_tokens_per_s eval_s_8gpu".split(),
-    "4": TRAINED,
+    "smaller_bytes smaller_bpb_of_few_windows eval_tokens_per_s eval_s_8gpu".split(),
+    "4": AFTER_TRAINING,
     "5": ["ms_per_step", "device_busy_share", "attention_pytorch_choice_ms", "attention_flash_ms"],
     "6": [],
 }
@@ -53,6 +53,13 @@ def rows(text: str) -> dict[str, list[str]]:
 def options(tmp_path: Path, *words: str) -> argparse.Namespace:
     """Options of a call whose files are in a scratch folder."""
     return gpu.arguments(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words])
+
+
+def session_with_log(tmp_path: Path, *words: str) -> gpu.Session:
+    """A session in the middle of a stage that has a minute."""
+    session = gpu.Session(options(tmp_path, *words))
+    session.log = gpu.StageLog(tmp_path / "out/stage.txt", 60)
+    return session
 
 
 def test_all_stages_on_a_cpu(tmp_path: Path) -> None:
@@ -88,22 +95,43 @@ def test_docstring_names_the_files() -> None:
 def test_plan(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """--plan prints a limit for each stage; they add up to less than the minutes given."""
     assert gpu.main(["--plan", *words.split()]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    limits = runs.numbers(lines, "stage ", "limit_s")
+    limits = numbers(capsys.readouterr().out.splitlines(), "stage ", "limit_s")
     chosen = gpu.arguments(["--plan", *words.split()])
-    assert len(limits) == len(chosen.stages) and all(limit > 0 for limit in limits)
+    assert len(limits) == len(chosen.stages)
+    assert all(limit > 0 for limit in limits)
     assert sum(limits) < 60 * chosen.minutes
 
 
+def test_limits_that_the_texts_name() -> None:
+    """README has those of all stages, the docstring has the seconds of training."""
+    first, second = list(gpu.STAGES[:3]), list(gpu.STAGES[3:])
+    seconds = [round(limit) for limit in gpu.limits(first, 5, cpu=False) + gpu.limits(second, 4, cpu=False)]
+    readme = (ROOT / "README.md").read_text()
+    assert f"{', '.join(map(str, seconds[:-1]))} and {seconds[-1]} s" in readme
+    trained = gpu.training_seconds(first, gpu.limits(first, 5, cpu=False), cpu=False)
+    assert gpu.__doc__ is not None and f"stages 1 to 3 train for {trained:.0f} s" in gpu.__doc__
+
+
 @pytest.mark.parametrize(
-    "words",
-    [["--stages", "0"], ["--stages", "2-9"], ["--minutes", "0"], ["--data", "x"], ["--table", "x"], ["--out", ""]],
+    "words, message",
+    [
+        ("--stages 0", "'0': stages are 1 to 6"),
+        ("--stages 2-9", "'2-9': stages are 1 to 6"),
+        ("--stages x", "'x': stages are 1 to 6"),
+        ("--minutes 0 --out x", "--minutes 0 must be above 0"),
+        ("--train-seconds -3 --out x", "--train-seconds -3 must be above 0"),
+        ("--data x --out x", "--data 'x' and --tokenizer '' belong together"),
+        ("--script gone.py --out x", "--script gone.py is no file"),
+        ("--table gone", "--table gone has no stage's file"),
+        ("--stages 1", "--out names the folder"),
+    ],
 )
-def test_bad_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2, and a message that names the value."""
+def test_bad_options(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, and a message with the value and what is wrong with it."""
     with pytest.raises(SystemExit) as error:
-        gpu.main(words)
-    assert error.value.code == 2 and words[0].removeprefix("--") in capsys.readouterr().err
+        gpu.main(words.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 SLEEPER = """
@@ -126,33 +154,33 @@ def test_stage_that_fails_or_sleeps_costs_its_own_line(tmp_path: Path, monkeypat
     """The stages after it run; what it had measured and printed is kept; none of its processes goes on."""
     sleeper = sleeping_script(tmp_path)
 
-    def sleeps(bench: gpu.Bench) -> None:
-        bench.figure("before", 1)
+    def sleeps(session: gpu.Session) -> None:
+        session.log.figure("before", 1)
         time.sleep(600)
 
-    def runs_for_ever(bench: gpu.Bench) -> None:
-        run = bench.launch([sys.executable, str(sleeper)], {})
-        bench.figure("first_loss", runs.losses(run)[1])
+    def runs_for_ever(session: gpu.Session) -> None:
+        run = session.launch([sys.executable, str(sleeper)], {})
+        session.log.figure("first_loss", run.losses()[1])
         run.check()
 
-    def runs_after_the_end(bench: gpu.Bench) -> None:
-        bench.launch([sys.executable, "-c", "import time; time.sleep(600)"], {})
-        bench.launch([sys.executable, "-c", "print('must not run')"], {})
+    def runs_after_the_end(session: gpu.Session) -> None:
+        session.launch([sys.executable, "-c", "import time; time.sleep(600)"], {})
+        session.launch([sys.executable, "-c", "print('must not run')"], {})
 
-    def takes_a_wrong_path(bench: gpu.Bench) -> None:
-        bench.launch([sys.executable, str(tmp_path / "missing.py")], {}).check()
+    def takes_a_wrong_path(session: gpu.Session) -> None:
+        session.launch([sys.executable, str(tmp_path / "missing.py")], {}).check()
 
-    def has_a_bug(bench: gpu.Bench) -> None:
+    def has_a_bug(session: gpu.Session) -> None:
         raise KeyError("gone")
 
-    def is_fine(bench: gpu.Bench) -> None:
-        bench.figure("fine", 7)
+    def is_fine(session: gpu.Session) -> None:
+        session.log.figure("fine", 7)
 
     works = [sleeps, runs_for_ever, runs_after_the_end, takes_a_wrong_path, has_a_bug, is_fine]
-    shown = ("before", "first_loss", "fine")
+    shown = "before first_loss fine"
     stages = tuple(gpu.Stage(i, work.__name__, "?", work, 1, 1, shown) for i, work in enumerate(works, 1))
     monkeypatch.setattr(gpu, "STAGES", stages)
-    monkeypatch.setattr(gpu, "machine_lines", lambda bench: ["machine none"])
+    monkeypatch.setattr(gpu, "machine_lines", lambda session: ["machine none"])
     begun = time.monotonic()
     words = ["--cpu", "--minutes", "0.2", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert gpu.main(words) == 1
@@ -161,10 +189,43 @@ def test_stage_that_fails_or_sleeps_costs_its_own_line(tmp_path: Path, monkeypat
     assert [table[n][1] for n in "123"] == ["over time"] * 3
     assert table["4"][1].startswith("failed: exit code 2: ") and "missing.py" in table["4"][1]
     assert table["5"][1] == "failed: KeyError: 'gone'"
-    assert [table[n][3] for n in "126"] == ["before:1", "first_loss:5.5", "fine:7"] and table["6"][1] == "ok"
+    assert "in has_a_bug" in (tmp_path / "out/5-has_a_bug.txt").read_text()
+    assert table["6"][1] == "ok"
+    assert [table[n][3] for n in "126"] == ["before:1", "first_loss:5.5", "fine:7"]
     text = (tmp_path / "out/2-runs_for_ever.txt").read_text()
-    assert not any(runs.is_running(int(pid)) for pid in re.findall(r"pids (\d+) (\d+)", text)[0])
+    assert not any(is_running(int(pid)) for pid in re.findall(r"pids (\d+) (\d+)", text)[0])
     assert "must not run" not in (tmp_path / "out/3-runs_after_the_end.txt").read_text()
+
+
+def test_unused_time_goes_to_the_next_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that ends at once leaves its limit to the next one."""
+    given: list[float] = []
+
+    def notes_its_limit(session: gpu.Session) -> None:
+        given.append(session.log.deadline - session.log.begun)
+
+    stages = tuple(gpu.Stage(i, "notes", "?", notes_its_limit, 1, 1, "") for i in (1, 2))
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setattr(gpu, "machine_lines", lambda session: [])
+    assert gpu.main(["--cpu", "--minutes", "1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == 0
+    limit = gpu.limits(list(stages), 1, cpu=True)[0]
+    assert given == pytest.approx([limit, 2 * limit], abs=1)
+
+
+def test_stage_4_trains_as_long_as_stage_2_of_an_earlier_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its own minutes would give it another time; an option of its own comes first."""
+    trained: list[float] = []
+
+    def notes_its_seconds(session: gpu.Session) -> None:
+        trained.append(session.train_seconds)
+
+    stages = tuple(gpu.Stage(i, "notes", "?", notes_its_seconds, 1, 1, "") for i in (2, 4))
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setattr(gpu, "machine_lines", lambda session: [])
+    for words in ("--stages 2 --minutes 5", "--stages 4 --minutes 2", "--stages 4 --train-seconds 3"):
+        gpu.main([*words.split(), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+    assert trained == [trained[0], trained[0], 3]
+    assert trained[0] > gpu.training_seconds([stages[1]], [2 * 60], cpu=False)
 
 
 def test_wrong_data_path(tmp_path: Path) -> None:
@@ -185,13 +246,15 @@ def test_cut_off(tmp_path: Path) -> None:
     command += ["--work", str(tmp_path / "work"), "--script", str(sleeping_script(tmp_path))]
     command += ["--data", str(corpus()), "--tokenizer", str(corpus() / "tokenizer.model")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        path, found = out / "4-pr314.txt", []
-        while not found and process.poll() is None:
+        path = out / "4-pr314.txt"
+        found: list[tuple[str, str]] = []
+        until = time.monotonic() + 60
+        while not found and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
             found = re.findall(r"pids (\d+) (\d+)\n.*step:1", path.read_text()) if path.is_file() else []
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 143
-    assert not any(runs.is_running(int(pid)) for pid in found[0])
+    assert not any(is_running(int(pid)) for pid in found[0])
     done = program("--table", out)
     assert done.returncode == 0 and rows(done.stdout)["4"][1] == "cut off"
 
@@ -204,25 +267,19 @@ def test_needs_a_gpu_or_cpu_option(tmp_path: Path) -> None:
     assert done.returncode == 1 and "--cpu" in done.stderr
 
 
-def test_missing_package_comes_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, the message names the package and the remedy."""
-    monkeypatch.setattr(gpu, "PACKAGES", ("torch", "tiny_package"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    bench = gpu.Bench(options(tmp_path, "--cpu"))
-    with pytest.raises(SystemExit, match="missing packages: tiny_package.*--wheels"):
-        gpu.install_missing(bench, None)
-    with zipfile.ZipFile(tmp_path / "tiny_package-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny_package.py", "answer = 42\n")
-        wheel.writestr(
-            "tiny_package-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-package\nVersion: 1.0\n"
-        )
-        wheel.writestr(
-            "tiny_package-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr("tiny_package-1.0.dist-info/RECORD", "")
-    gpu.install_missing(bench, tmp_path)
-    run = bench.launch([sys.executable, "-c", "import tiny_package; print(tiny_package.answer)"], {})
-    assert run.lines == ["42"]
+def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names it and where the remedy stands."""
+    monkeypatch.setattr(gpu, "PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(SystemExit, match="missing packages: no_such_package; --help says how"):
+        gpu.machine_lines(gpu.Session(options(tmp_path, "--cpu")))
+
+
+def test_card_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch that does not come up ends the program, not the time that is paid for."""
+    monkeypatch.setattr(gpu, "PROBE", sleeping_script(tmp_path))
+    monkeypatch.setattr(gpu, "START_SECONDS", 1)
+    with pytest.raises(SystemExit, match="within 1 s"):
+        gpu.machine_lines(gpu.Session(options(tmp_path, "--cpu")))
 
 
 RECOMPILED = """\
@@ -235,8 +292,8 @@ def test_recompiles_are_those_of_training_steps() -> None:
     """Not those of the warm-up or of the evaluation."""
     warm, first, last = "warm_up steps:20 time:60s", "step:1/9 train_loss:6.0", "step:9/9 train_loss:5.0"
     lines = [*RECOMPILED.splitlines(), warm, first, last, *RECOMPILED.splitlines()]
-    assert runs.recompiles(lines) == 0
-    assert runs.recompiles([warm, first, *RECOMPILED.splitlines(), last]) == 1
+    assert recompiles(lines) == 0
+    assert recompiles([warm, first, *RECOMPILED.splitlines(), last]) == 1
 
 
 def test_recompiles_as_this_pytorch_reports_them(tmp_path: Path) -> None:
@@ -249,9 +306,9 @@ print("warm_up", flush=True)
 double(torch.ones(4))
 print("step:1/1 train_loss:1", flush=True)
 """
-    bench = gpu.Bench(options(tmp_path, "--cpu"))
-    run = bench.launch([sys.executable, "-c", code], {})
-    assert run.code == 0 and runs.recompiles(run.lines) == 1
+    run = session_with_log(tmp_path, "--cpu").launch([sys.executable, "-c", code], {})
+    assert run.code == 0
+    assert recompiles(run.lines) == 1
 
 
 def steps(*clock: tuple[int, float]) -> list[str]:
@@ -265,10 +322,10 @@ def test_step_times() -> None:
     """Medians without the first steps; the switch to fake quantization apart from the step that it stands in."""
     before = steps((1, 5000), (5, 5400), (10, 5900), (20, 6900), (30, 9900), (40, 10900))
     after = steps((50, 14400), (60, 15600), (70, 16800))
-    assert runs.step_times([*before, "qat active:1 step:45", *after]) == (100, 120, 2.5)
-    assert runs.step_times(before) == (100, None, None)
-    assert runs.step_times(["qat active:1 step:0 bits:mlp4", *before]) == (None, 100, None)
-    assert runs.step_times([]) == (None, None, None)
+    assert step_times([*before, "qat active:1 step:45", *after]) == (100, 120, 2.5)
+    assert step_times(before) == (100, None, None)
+    assert step_times(["qat active:1 step:0 bits:mlp4", *before]) == (None, 100, None)
+    assert step_times([]) == (None, None, None)
 
 
 def test_flops_are_those_of_the_script() -> None:
@@ -279,86 +336,215 @@ def test_flops_are_those_of_the_script() -> None:
     counts: Counter[str] = Counter()
     for name, p in model.named_parameters():
         counts[t.category(name)] += p.numel()
-    run = runs.Run([f"model params:1 attn:{counts['attn']} mlp:{counts['mlp']} embed:{counts['embed']}"])
+    run = Run([f"model params:1 attn:{counts['attn']} mlp:{counts['mlp']} embed:{counts['embed']}"])
     assert gpu.step_tflop(run, vars(cfg)) == pytest.approx(t.step_flops(model, cfg) / 1e12, rel=0.005)
 
 
 TORCHRUN = """\
 W1127 13:39:21.866000 2891 torch/distributed/run.py:852] Setting OMP_NUM_THREADS
+step:3/9 train_loss:5.0
 {error}
+E1127 13:39:21.866000 2891 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 1) local_rank: 0
+Traceback (most recent call last):
+  File "torch/distributed/run.py", line 999, in main
+    run(args)
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============================================================
-train_gpt.py FAILED"""
+train_gpt.py FAILED
+============================================================"""
+IN_TRACEBACK = """\
+error: no checkpoint at step 3: disk full. Older ones are intact
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "train_gpt.py", line 9, in main
+[rank0]:     loss.backward()
+[rank0]: {}"""
 
 
 @pytest.mark.parametrize(
-    "error, expected",
+    "printed, expected",
     [
         ("error: no shards match none/*.bin", "error: no shards match none/*.bin"),
-        (
-            "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried",
-            "torch.OutOfMemoryError: CUDA out of memory. Tried",
-        ),
         ("error on rank 1: nothing", "error on rank 1: nothing"),
+        (
+            IN_TRACEBACK.format("torch.OutOfMemoryError: CUDA out of memory."),
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        (
+            IN_TRACEBACK.format("torch._dynamo.exc.Unsupported: Graph break"),
+            "torch._dynamo.exc.Unsupported: Graph break",
+        ),
+        (IN_TRACEBACK.format("AssertionError"), "AssertionError"),
+        (
+            IN_TRACEBACK.format("torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised:")
+            + "\n[rank0]: RuntimeError: no Triton",
+            "torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised: RuntimeError: no Triton",
+        ),
     ],
 )
-def test_error_line(error: str, expected: str) -> None:
-    """The script's own error, not the launcher's."""
-    assert runs.error_line(TORCHRUN.format(error=error).splitlines()) == expected
+def test_error_line(printed: str, expected: str) -> None:
+    """The script's own error, not the launcher's, nor one that it went on after."""
+    assert error_line(TORCHRUN.format(error=printed).splitlines()) == expected
 
 
 def test_few_windows(tmp_path: Path) -> None:
     """The small validation split is a sound shard of whole windows, beside the same training shards."""
-    bench = gpu.Bench(options(tmp_path, "--cpu"))
-    small = bench.with_few_windows(corpus())
+    session = gpu.Session(options(tmp_path, "--cpu"))
+    session.settings["TRAIN_SEQ_LEN"] = 32
+    small = session.with_few_windows(corpus())
     val = t.open_shard(small / "fineweb_val_000000.bin")
     whole = t.open_shard(corpus() / "fineweb_val_000000.bin")
-    assert len(val) == min(len(whole), 32 * 64 + 1) and (val == whole[: len(val)]).all()
+    assert len(val) == 32 * 32 + 1 < len(whole)
+    assert (val == whole[: len(val)]).all()
     assert (small / "fineweb_train_000000.bin").resolve() == (corpus() / "fineweb_train_000000.bin").resolve()
 
 
-def on_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[runs.Run]
-) -> tuple[gpu.Bench, list[dict[str, Any]]]:
-    """A bench for a GPU whose runs give these answers; and the settings that it asked for."""
-    bench, asked = gpu.Bench(options(tmp_path)), []
+class Answers:
+    """Stands in for runs on a GPU: gives answers in their order, and keeps what was asked."""
 
-    def answer(run_id: str, settings: dict[str, Any], **_: Any) -> runs.Run:
-        asked.append(bench.sizes | settings)
-        return answers[len(asked) - 1]
+    def __init__(self, session: gpu.Session, *answers: Run) -> None:
+        self.session, self.answers, self.asked = session, list(answers), list[dict[str, Any]]()
 
-    monkeypatch.setattr(bench, "run", answer)
-    return bench, asked
+    def __call__(self, run_id: str, settings: gpu.Settings, *_: Any, **__: Any) -> Run:
+        self.asked.append(self.session.settings | dict(settings))
+        return self.answers.pop(0)
+
+
+def on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *answers: Run) -> tuple[gpu.Session, list[dict[str, Any]]]:
+    """A session on a GPU whose runs give these answers; and the settings that it asked for."""
+    session = session_with_log(tmp_path)
+    session.train_seconds = 44.0
+    given = Answers(session, *answers)
+    monkeypatch.setattr(session, "run", given)
+    monkeypatch.setattr(session, "run_in_probe", given)
+    monkeypatch.setattr(session, "probe", lambda part: Run(["attention kernel:flash forward_ms:1.5 both_ms:6.25"], 0))
+    return session, given.asked
+
+
+def figures_of(tmp_path: Path) -> dict[str, str]:
+    """What the stage of `session_with_log` has noted."""
+    return dict(re.findall(r"^figure (\w+):(\S+)", (tmp_path / "out/stage.txt").read_text(), re.M))
 
 
 def test_compiling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage says so and still answers the rest, uncompiled; so do later stages."""
-    failed = runs.Run(["InductorError: no Triton"], 1)
-    scored = runs.Run([*steps((5, 100), (10, 600)), "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"], 0)
-    bench, asked = on_gpu(tmp_path, monkeypatch, [failed, scored])
-    gpu.train_and_score(bench, "default", torchrun=True)
+    """The stage says so and answers the rest uncompiled; so do later stages of this call, but not of the next."""
+    failed = Run(["AssertionError: no Triton"], 1)
+    scored = Run([*steps((5, 100), (10, 600)), "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"], 0)
+    session, asked = on_gpu(tmp_path, monkeypatch, failed, scored)
+    gpu.train_and_score(session, "default", {})
     assert [settings.get("COMPILE") for settings in asked] == [None, 0]
-    assert bench.problems == ["failed before its first step, then tried COMPILE=0: InductorError: no Triton"]
-    assert bench.state["default"]["val_bpb"] == "1.5" and gpu.Bench(options(tmp_path)).sizes["COMPILE"] == 0
+    assert session.log.problems == ["failed before its first step, then tried COMPILE=0: AssertionError: no Triton"]
+    assert session.state["default"]["val_bpb"] == "1.5"
+    assert session.settings["COMPILE"] == 0
+    assert "COMPILE" not in gpu.Session(options(tmp_path)).settings
+    assert not gpu.run_stage(session, gpu.Stage(9, "later", "?", lambda session: None, 1, 1, ""), 9)
+    assert "failed; not compiled" in (tmp_path / "out/9-later.txt").read_text()
 
 
-OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory."
-BATCH = "batch tokens:98304 ranks:1 micro_batch_tokens:98304 micro_steps:1"
+def test_other_failures_are_not_blamed_on_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where COMPILE=0 fails, too, later stages go on compiled."""
+    failed = Run(["error: no shards match"], 1)
+    session, _ = on_gpu(tmp_path, monkeypatch, failed, failed)
+    with pytest.raises(RunFailed, match="no shards"):
+        gpu.train_and_score(session, "default", {})
+    assert "COMPILE" not in session.settings
 
 
-def test_less_memory_follows_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the value that the message names; without one it halves, and the stage says so."""
-    advice = f"error: {OUT_OF_MEMORY} Set MICRO_BATCH_TOKENS=32768"
-    ended = runs.Run(["batch micro_batch_tokens:32768"], 0)
-    bench, asked = on_gpu(tmp_path, monkeypatch, [runs.Run([BATCH, advice], 2), ended])
-    gpu.memory(bench)
-    assert asked[1]["MICRO_BATCH_TOKENS"] == 32768 and not bench.problems
-    silent = [runs.Run([BATCH, OUT_OF_MEMORY], 1), runs.Run([OUT_OF_MEMORY], 1), ended]
-    bench, asked = on_gpu(tmp_path, monkeypatch, silent)
-    gpu.memory(bench)
-    assert [settings.get("MICRO_BATCH_TOKENS") for settings in asked] == [None, 49152, 24576] and len(
-        bench.problems
-    ) == 2
-    bench, _ = on_gpu(tmp_path, monkeypatch, [runs.Run(["error: no shards"], 2)])
-    with pytest.raises(runs.RunFailed, match="no shards"):
-        gpu.memory(bench)
+def test_recompiles_fail_the_stage(tmp_path: Path) -> None:
+    """All figures stay, but the stage is not ok."""
+    log = session_with_log(tmp_path).log
+    gpu.note_recompiles(log, Run(["warm_up", *steps((1, 5)), *RECOMPILED.splitlines(), *steps((2, 9))], 0))
+    assert log.problems == ["1 recompiles in training steps after the warm-up"]
+
+
+def resumed(first: int, last: int, loss: float = 5.0) -> Run:
+    """A run that logs these steps."""
+    return Run([f"step:{step}/40 train_loss:{loss}" for step in range(first, last + 1)], 0)
+
+
+@pytest.mark.parametrize(
+    "after, problem",
+    [
+        (resumed(8, 40), ""),
+        (resumed(1, 40), "resumed run trained steps 1 to 40"),
+        (resumed(8, 30), "resumed run trained steps 8 to 30"),
+        (resumed(11, 40), "repeated no step"),
+        (resumed(8, 40, loss=5.2), "losses of the steps trained twice differ by 4.00%"),
+        (resumed(8, 40, loss=float("nan")), "losses of the steps trained twice differ by nan%"),
+    ],
+)
+def test_resume_is_judged(after: Run, problem: str, tmp_path: Path) -> None:
+    """It must go on from a checkpoint, to the end, with the losses that the killed run had."""
+    log = session_with_log(tmp_path).log
+    gpu.note_resume(log, resumed(1, 10).losses(), after, 40)
+    assert problem in "; ".join(log.problems)
+    assert bool(log.problems) == bool(problem)
+
+
+def test_another_score_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored model must score what the run said, to the last digit."""
+    session, _ = on_gpu(tmp_path, monkeypatch, Run(["final_sliding stride:64 val_bpb:1.50000001 eval_time:9ms"], 0))
+    gpu.evaluate_again(session, {"run_id": "x", "val_bpb": "1.50000000"})
+    assert session.log.problems == ["EVAL_ARTIFACT scores 1.50000001, the run itself had 1.50000000"]
+
+
+def probed(setting: str, milliseconds: int) -> Run:
+    """A run in the probe: 60 steps, the last of them profiled and so slower."""
+    clock = [(step, step * milliseconds) for step in (5, 10, 20, 30, 40)] + [(50, 99999)]
+    profile = "profile steps:10 wall_ms:1000 busy_ms:900 kernels:9"
+    return Run([f"probe mix_order_reduction:{setting}", *steps(*clock), profile], 0)
+
+
+def test_profile_compares_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both runs are timed over the same steps, without those that are profiled."""
+    session, asked = on_gpu(tmp_path, monkeypatch, probed("1", 90), probed("0", 84))
+    gpu.profile(session)
+    assert [settings["TORCHINDUCTOR_MIX_ORDER_REDUCTION"] for settings in asked] == [1, 0]
+    figures = figures_of(tmp_path)
+    assert (figures["ms_per_step"], figures["ms_per_step_without_mix_order"]) == ("90", "84")
+    assert (figures["device_busy_share"], figures["attention_flash_ms"]) == ("0.9", "6.25")
+
+
+@pytest.mark.parametrize("found", [("0", "0"), ("1", "1")])
+def test_profile_sees_a_script_that_sets_it_itself(
+    found: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs with the same setting are no comparison."""
+    session, _ = on_gpu(tmp_path, monkeypatch, probed(found[0], 90), probed(found[1], 84))
+    with pytest.raises(RunFailed, match="the script sets it itself"):
+        gpu.profile(session)
+
+
+def test_pytorch_without_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run is enough."""
+    session, asked = on_gpu(tmp_path, monkeypatch, probed("none", 90))
+    gpu.profile(session)
+    assert len(asked) == 1
+
+
+OUT_OF_MEMORY = ["batch micro_batch_tokens:98304", "error: CUDA out of memory. Tried to allocate 2 GiB"]
+
+
+def test_less_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the value that the message names, once; a message without one fails the stage, as other errors do."""
+    ended = Run(["batch tokens:98304 micro_batch_tokens:32768"], 0)
+    advice = Run([*OUT_OF_MEMORY, "error: set MICRO_BATCH_TOKENS=32768"], 2)
+    session, asked = on_gpu(tmp_path, monkeypatch, advice, ended)
+    gpu.memory(session)
+    assert [settings.get("MICRO_BATCH_TOKENS") for settings in asked] == [None, 32768]
+    assert figures_of(tmp_path)["micro_batch_tokens"] == "32768"
+    session, _ = on_gpu(tmp_path, monkeypatch, Run(OUT_OF_MEMORY, 1))
+    with pytest.raises(RunFailed, match="names no MICRO_BATCH_TOKENS that would fit: error: CUDA out of memory"):
+        gpu.memory(session)
+    session, _ = on_gpu(tmp_path, monkeypatch, Run(["error: no shards"], 2))
+    with pytest.raises(RunFailed, match="exit code 2: error: no shards"):
+        gpu.memory(session)
+
+
+def test_table_of_a_result_with_bars(tmp_path: Path) -> None:
+    """A bar in an error is no new cell; stages of two scripts show both."""
+    (tmp_path / "1-ceilings.txt").write_text("script sha256:aa\nresult seconds:1.0 failed: a|b\n")
+    (tmp_path / "2-default.txt").write_text("script sha256:bb\nfigure ms_per_step:9\n")
+    text = gpu.table(tmp_path)
+    assert rows(text)["1"][1] == "failed: a/b"
+    assert rows(text)["2"][1:] == ["cut off", "", "ms_per_step:9"]
+    assert "sha256:aa" in text and "sha256:bb" in text
