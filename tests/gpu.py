@@ -26,17 +26,18 @@ Files in OUT, seven at most, each complete up to where the program stopped:
 
 On a machine rented by the minute:
 
-1. Bring `train_gpt.py`, `tests/` and a folder `data` with two training shards, a validation shard and the tokenizer:
-   some 40 MB. Without `--data` the script makes a corpus of the standard library's Python files (with `--cpu`: of
-   `tests/`). That is enough for every time, but its scores compare with nothing else.
+1. Bring `train_gpt.py`, `tests/` and a folder `data` with two training shards, a validation shard of at most a million
+   tokens and the tokenizer: some 40 MB. Without `--data` the script makes a corpus of the standard library's Python
+   files (with `--cpu`: of `tests/`). That is enough for every time, but its scores compare with nothing else.
 2. It needs PyTorch 2.9 or newer for CUDA, numpy, sentencepiece and zstandard. Where there is no network, bring what is
    missing as a wheel, and install it there:
        pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \\
            -d data zstandard==0.25.0
        pip install --no-index --no-deps --target site data/*.whl && export PYTHONPATH=$PWD/site
 3. Run stages 1 to 3 and right after them 4 to 6 on the same machine: they share the compile cache in the work folder
-   (`--work`). A call ends within its `--minutes`. In five minutes, stages 1 to 3 train for 44 s (`--train-seconds`);
-   most of the rest is starting and compiling. A stage that ran out of time can run again alone.
+   (`--work`). A call ends within its `--minutes`. In five minutes, stages 1 to 3 train for 42 s (`--train-seconds`);
+   most of the rest is starting and compiling, which nobody has timed yet. A stage that ran out of time can run again
+   alone and finds what is compiled; its file is written anew.
 4. Bring OUT back and commit its files as they are, in a folder gpu under logs/. If OUT was emptied between the calls,
    put all files into one folder and make the table again with `--table`.
 
@@ -46,7 +47,7 @@ The script is used through its command line, `logs/RUN_ID.txt`, `.ptz` and `.wei
     model params: attn: mlp: embed:                                     likewise
     data path: val_targets:                                             a built corpus; speed of evaluation
     plan rank_memory_bytes all:                 in a dry run            memory that the plan expects
-    batch micro_batch_tokens:                                           what the script took
+    batch micro_batch_tokens:                                           micro-batch that the script took
     warm_up time:                                                       compile and warm-up seconds
     step:N/M train_loss: train_time:                                    step time, loss
     calibration time:, plan step: time:, qat active step:               cost of the switch to fake quantization
@@ -85,7 +86,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from processes import kill_all
+from processes import adopt_orphans, kill_below_this_process
 from run_log import OutOfTime, Run, RunFailed, error_line, numbers, recompiles, step_times
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,22 +100,24 @@ SMALL_WINDOWS = 32  # of the validation data where the score does not matter
 SHARD_HEADER_BYTES = 1024  # of a file of tokens: magic, version and number of tokens as int32, then zeros
 
 USABLE_SHARE = 0.97  # of the minutes given; the rest is for starting and ending the program
-GPU_TRAINING_SHARE = 0.24  # of stage 2, a guess: the rest is starting, compiling, exporting and scoring
+GPU_TRAINING_SHARE = 0.2  # of stage 2, a guess: the rest is starting, compiling, exporting and scoring
 CPU_TRAINING_SHARE = 0.05  # likewise, measured on 2 cores
 LEAST_TRAINING_SECONDS = 2.0
 GPU_STEP_MS, CPU_STEP_MS = 90, 40  # expected; only the length of the warmdown depends on it
 WARMDOWN_SHARE = 2500 / 7000  # steps of the default's warmdown and of a full run
-START_SECONDS = 60  # for PyTorch to start and name the card, before any stage
+START_SECONDS = 60  # at most, for PyTorch to start and name the card before the first stage
 
 SMALLER_MODEL = 0.85  # of the model's bytes, for the second export
 LARGEST_LOSS_DIFFERENCE = 0.01  # of a step trained again after a resume; kernels that add in another order do less
 
-GPU_SETTINGS = {"TRAIN_BATCH_TOKENS": RANK_TOKENS}
+# Validation in batches of 2, so that a small split has the shapes of the whole one and compiles nothing anew.
+GPU_SETTINGS = {"TRAIN_BATCH_TOKENS": RANK_TOKENS, "VAL_BATCH_SIZE": 2 * 2048}
 TOY_SETTINGS = {
     "VOCAB_SIZE": 512, "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "BIGRAM_VOCAB_SIZE": 512,
     "TRAIN_SEQ_LEN": 64, "TRAIN_BATCH_TOKENS": 512, "CALIBRATION_TOKENS": 2048, "WARMUP_STEPS": 2, "COMPILE": 0,
 }  # fmt: skip
-TOY_QAT_START = 0.7  # the default's 0.92 leaves a run of a few seconds no step under fake quantization
+# In a short run the defaults (0.92 and 50) would leave few steps under fake quantization, and no average of them.
+SHORT_RUN = {"QAT_START_FRAC": 0.75, "SWA_EVERY": 5}
 TOY_MODEL_BYTES = 185_000  # RECIPE=pr314, which has fixed bits, takes 160,000
 
 Settings = Mapping[str, Any]  # environment variables
@@ -193,7 +196,9 @@ class Session:
     def keep(self, **values: Any) -> None:
         """Leave something to later stages."""
         self.state |= values
-        self.state_path.write_text(json.dumps(self.state))
+        scratch = self.state_path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self.state))
+        scratch.replace(self.state_path)
 
     def new_run_id(self, name: str) -> str:
         """A name that no run in the work folder has."""
@@ -235,7 +240,8 @@ class Session:
             run.out_of_time = True
         finally:
             left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # no alarm while processes are ended
-            kill_all(process)
+            kill_below_this_process()
+            process.wait()
             process.stdout.close()
             signal.setitimer(signal.ITIMER_REAL, left)
         name = texts.get("RUN_ID", command[-1])
@@ -334,12 +340,9 @@ def default(session: Session) -> None:
     session.log.figure("planned_gb", planned.number("plan rank_memory_bytes", "all", 1e-9))
     if planned.code:
         session.log.problems.append(f"dry run: {error_line(planned.lines)}")
-    settings = {}
-    if session.cpu:
-        settings["QAT_START_FRAC"] = TOY_QAT_START
-        if session.compile_on_cpu:
-            compile_on_cpu(session)
-    train_and_score(session, "default", settings, torchrun=True)
+    if session.cpu and session.compile_on_cpu:
+        compile_on_cpu(session)
+    train_and_score(session, "default", SHORT_RUN, torchrun=True)
 
 
 def compile_on_cpu(session: Session) -> None:
@@ -357,7 +360,7 @@ def has_trained(step: int) -> Until:
 
 
 def train_and_score(session: Session, name: str, special: Settings, torchrun: bool | None = None) -> None:
-    """Train for `train_seconds`, export, score; figures of all of it. If nothing compiles, once more without."""
+    """Train for `train_seconds`, export, score; figures of all of it. What compiling spoils is tried without."""
     step_ms = CPU_STEP_MS if session.cpu else GPU_STEP_MS
     settings = {
         "MAX_WALLCLOCK_SECONDS": session.train_seconds,
@@ -368,21 +371,35 @@ def train_and_score(session: Session, name: str, special: Settings, torchrun: bo
     } | dict(special)
     run_id = session.new_run_id(name)
     run = session.run(run_id, settings, torchrun=torchrun)
-    if run.code and "COMPILE" not in session.settings and not run.losses():
-        session.log.problems.append(f"failed before its first step, then tried COMPILE=0: {error_line(run.lines)}")
+    if not run.losses() and failed_to_compile(session, run):
+        session.log.problems.append(f"failed to compile, then tried COMPILE=0: {error_line(run.lines)}")
+        session.settings["COMPILE"] = 0  # for later stages, too
         run_id = session.new_run_id(name)
-        run = session.run(run_id, settings | {"COMPILE": 0}, torchrun=torchrun)
-        if run.losses():  # so it is compiling that fails, and would fail in later stages
-            session.settings["COMPILE"] = 0
+        run = session.run(run_id, settings, torchrun=torchrun)
     note_training(session, run, run_id)
     note_score(session.log, run)
+    weights = session.run_file(run_id, "weights")
+    if weights.is_file() and failed_to_compile(session, run):
+        exported = session.run(session.new_run_id(name), {"EXPORT_FROM": weights, "COMPILE": 0}, torchrun=torchrun)
+        note_score(session.log, exported)
     run.check()
-    session.keep(**{name: {"run_id": run_id, "val_bpb": score_of(run)}})
+    found = {"run_id": run_id, "val_bpb": score_of(run), "train_seconds": session.train_seconds}
+    session.keep(**{name: found})
+
+
+def failed_to_compile(session: Session, run: Run) -> bool:
+    """Whether a compiled run failed, and its output speaks of the compiler."""
+    if session.settings.get("COMPILE") == 0 or not run.code:
+        return False
+    return any(re.search("dynamo|inductor|triton", line, re.IGNORECASE) for line in run.lines)
 
 
 def score_of(run: Run) -> str:
-    """The final bits per byte as they are printed."""
-    return run.text(r"final_sliding .*val_bpb:(\S+)") or "none"
+    """The final bits per byte as they are printed; RunFailed without any."""
+    found = run.text(r"final_sliding .*val_bpb:(\S+)")
+    if found is None:
+        raise RunFailed("the run ended without its `final_sliding` line")
+    return found
 
 
 def note_training(session: Session, run: Run, run_id: str) -> None:
@@ -403,6 +420,7 @@ def note_training(session: Session, run: Run, run_id: str) -> None:
         log.figure("tflops", tflops)
         ceiling = session.state.get("product_tflops")
         log.figure("share_of_ceiling", tflops / ceiling if ceiling else None)
+    log.figure("micro_batch_tokens", run.number("batch", "micro_batch_tokens"))
     log.figure("peak_gb", run.number("training stopped", "peak_memory_bytes", 1e-9))
     for seconds in numbers(run.lines, "calibration", "time")[:1]:
         log.figure("calibration_s", seconds)
@@ -454,8 +472,7 @@ def note_score(log: StageLog, run: Run) -> None:
     """Figures of the artifact and its evaluation, whose time has compiling in it here."""
     log.figure("artifact_bytes", run.text(r"artifact .*artifact_bytes:(\d+) limit:"))
     final, unrounded = run.number("final_sliding", "val_bpb"), run.number("float_sliding", "val_bpb")
-    if final is not None:
-        log.figure("val_bpb", score_of(run))
+    log.figure("val_bpb", run.text(r"final_sliding .*val_bpb:(\S+)"))
     if final is not None and unrounded is not None:
         log.figure("quantization_gap", f"{final - unrounded:+.5f}")
     targets, seconds = run.number("data path", "val_targets"), run.number("final_sliding", "eval_time", 1e-3)
@@ -467,13 +484,15 @@ def note_score(log: StageLog, run: Run) -> None:
 def again(session: Session) -> None:
     """The stored model in a fresh process, a killed run, a smaller file."""
     scored = session.state.get("default")
-    evaluated = evaluate_again(session, scored) if scored else None
-    resumed = kill_and_resume(session)
-    if evaluated is None:
-        evaluate_again(session, resumed, small=True)
-    exported = export_smaller(session, scored or resumed)
-    if evaluated is not None:
-        note_evaluation_rate(session.log, evaluated, exported)
+    if scored:
+        evaluated = evaluate_again(session, scored)
+        _, resumed = kill_and_resume(session)
+        note_evaluation_rate(session.log, evaluated, resumed)
+    else:
+        run_id, resumed = kill_and_resume(session)
+        scored = {"run_id": run_id, "val_bpb": score_of(resumed)}
+        evaluate_again(session, scored, small=True)
+    export_smaller(session, scored)
 
 
 def evaluate_again(session: Session, scored: dict[str, str], small: bool = False) -> Run:
@@ -488,8 +507,11 @@ def evaluate_again(session: Session, scored: dict[str, str], small: bool = False
     return run
 
 
-def kill_and_resume(session: Session) -> dict[str, str]:
-    """Kill a run with SIGKILL, resume it, and compare the losses of the steps that were trained twice."""
+def kill_and_resume(session: Session) -> tuple[str, Run]:
+    """Kill a run with SIGKILL, resume it, and compare the losses of the steps that were trained twice.
+
+    Returns its name and the resumed run, which is exported the quickest way.
+    """
 
     def three_steps_after_a_checkpoint(lines: list[str]) -> bool:
         saved = next((i for i, line in enumerate(lines) if line.startswith("checkpoint path:")), len(lines))
@@ -504,6 +526,8 @@ def kill_and_resume(session: Session) -> dict[str, str]:
         "CHECKPOINT_EVERY": 0.2 if session.cpu else 1,
         "TRAIN_LOG_EVERY": 1,
         "VAL_LOSS_EVERY": 0,
+        "RATE_CONTROL": 0,
+        "ERROR_FEEDBACK": 0,
     }
     killed = session.run(run_id, settings, torchrun=True, small=True, until=three_steps_after_a_checkpoint)
     killed.check()
@@ -511,7 +535,7 @@ def kill_and_resume(session: Session) -> dict[str, str]:
     resumed = session.run(run_id, settings | {"RESUME": 1}, torchrun=True, small=True)
     resumed.check()
     note_resume(session.log, killed.losses(), resumed, iterations)
-    return {"run_id": run_id, "val_bpb": score_of(resumed)}
+    return run_id, resumed
 
 
 def note_resume(log: StageLog, before: dict[int, float], resumed: Run, iterations: int) -> None:
@@ -533,7 +557,7 @@ def note_resume(log: StageLog, before: dict[int, float], resumed: Run, iteration
         log.problems.append(f"losses of the steps trained twice differ by {difference:.2%}")
 
 
-def export_smaller(session: Session, trained: dict[str, str]) -> Run:
+def export_smaller(session: Session, trained: dict[str, str]) -> None:
     """The same weights in a smaller file: EXPORT_FROM keeps to the limit."""
     model_bytes = session.run_file(trained["run_id"], "ptz").stat().st_size
     limit = session.script.stat().st_size + round(SMALLER_MODEL * model_bytes)
@@ -543,7 +567,6 @@ def export_smaller(session: Session, trained: dict[str, str]) -> Run:
     session.log.figure("smaller_limit", str(limit))
     session.log.figure("smaller_bytes", run.text(r"artifact .*artifact_bytes:(\d+) limit:"))
     session.log.figure("smaller_bpb_of_few_windows", score_of(run))
-    return run
 
 
 def note_evaluation_rate(log: StageLog, all_windows: Run, few_windows: Run) -> None:
@@ -569,10 +592,13 @@ def profile(session: Session) -> None:
     mixed = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": 1}
     run = session.run_in_probe(session.new_run_id("profiled"), settings | mixed, options)
     run.check()
-    session.log.figure("ms_per_step", step_times(until_step(run.lines, timed)).plain)
-    wall, busy = run.number("profile", "wall_ms"), run.number("profile", "busy_ms")
-    if wall and busy:
-        session.log.figure("device_busy_share", busy / wall)
+    milliseconds = step_times(until_step(run.lines, timed)).plain
+    session.log.figure("ms_per_step", milliseconds)
+    busy = run.number("profile", "busy_ms_per_step")
+    if busy and milliseconds:
+        session.log.figure("device_busy_share", busy / milliseconds)  # of a step that no profiler slows
+    else:
+        session.log.problems.append("the profiler saw no kernel")
     for line in session.probe("attention").lines:
         if match := re.match(r"attention kernel:(\w+) forward_ms:\S+ both_ms:(\S+)", line):
             session.log.figure(f"attention_{match[1]}_ms", match[2])
@@ -637,12 +663,12 @@ TRAINED = (
 AGAIN = "same_score killed_at_step resumed_at_step losses_apart smaller_bytes eval_s_8gpu"
 PROFILED = "ms_per_step device_busy_share attention_pytorch_choice_ms ms_per_step_without_mix_order"
 STAGES = (
-    Stage(1, "ceilings", "what the card can do", ceilings, 15, 20, "product_tflops copy_gb_per_s"),
-    Stage(2, "default", "the default runs", default, 190, 95, TRAINED),
-    Stage(3, "again", "the same score again", again, 95, 45, AGAIN),
-    Stage(4, "pr314", "the literal design beside it", pr314, 135, 15, TRAINED),
-    Stage(5, "profile", "what bounds the step", profile, 60, 20, PROFILED),
-    Stage(6, "memory", "20 GB are enough", memory, 45, 1, "micro_batch_tokens peak_gb"),
+    Stage(1, "ceilings", "what the card can do", ceilings, 30, 20, "product_tflops copy_gb_per_s"),
+    Stage(2, "default", "the default runs", default, 215, 95, TRAINED),
+    Stage(3, "again", "the same score again", again, 55, 45, AGAIN),
+    Stage(4, "pr314", "the literal design beside it", pr314, 160, 15, TRAINED),
+    Stage(5, "profile", "what bounds the step", profile, 45, 20, PROFILED),
+    Stage(6, "memory", "20 GB are enough", memory, 35, 1, "micro_batch_tokens peak_gb"),
 )
 
 
@@ -717,7 +743,7 @@ def table(out: Path) -> str:
         path = out / f"{stage.number}-{stage.name}.txt"
         if not path.is_file():
             continue
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         heads |= dict.fromkeys(line for line in lines if line.startswith(("script sha256:", "machine ", "card ")))
         figures = dict(line.removeprefix("figure ").split(":", 1) for line in lines if line.startswith("figure "))
         listed = " ".join(f"{name}:{value}" for name, value in figures.items())
@@ -727,6 +753,9 @@ def table(out: Path) -> str:
         shown = " ".join(f"{name}:{figures[name]}" for name in stage.headlines.split() if name in figures)
         result = result.replace("|", "/")  # which ends a cell
         rows.append(f"| {stage.number} {stage.name} | {stage.question} | {result} | {seconds} | {shown} |")
+    for start in ("script ", "card "):
+        if sum(line.startswith(start) for line in heads) > 1:
+            heads[f"note: the stages are of more than one {start.strip()}"] = None
     return "\n".join(["# tests/gpu.py", "", *heads, "", *figures_of_stages, "", *rows]) + "\n"
 
 
@@ -785,6 +814,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value:g} must be above 0")
     if not options.out and not options.plan and not options.table:
         parser.error("--out names the folder for the files")
+    if Path(options.out).is_file():
+        parser.error(f"--out {options.out} is a file, not a folder")
     if not Path(options.script).is_file():
         parser.error(f"--script {options.script} is no file")
     if options.table and not any(options.table.glob("[1-6]-*.txt")):
@@ -806,21 +837,25 @@ def main(words: list[str] | None = None) -> int:
     if options.plan:
         return 0
     session = Session(options)
-    if any(stage.number == 2 for stage in options.stages):
-        session.keep(train_seconds=session.train_seconds)
-    elif asked is None and "train_seconds" in session.state:
-        session.train_seconds = session.state["train_seconds"]
+    earlier = session.state.get("default")
+    if asked is None and earlier and all(stage.number != 2 for stage in options.stages):
+        session.train_seconds = earlier["train_seconds"]
         print(f"{session.train_seconds:g} s of training instead, as stage 2 had in an earlier call")
     session.machine = machine_lines(session)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))  # so that the runs are ended, too
+    adopt_orphans()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the runs are ended, too
     good = True
-    deadline = begun
-    for stage, limit in zip(options.stages, seconds, strict=True):
-        deadline += limit  # unused time goes to the next stage
-        good &= run_stage(session, stage, deadline - time.monotonic())
+    deadline = time.monotonic()
+    left = max(0.0, options.minutes - (deadline - begun) / 60)  # without the time that PyTorch took to start
+    try:
+        for stage, limit in zip(options.stages, limits(options.stages, left, options.cpu), strict=True):
+            deadline += limit  # unused time goes to the next stage
+            good &= run_stage(session, stage, deadline - time.monotonic())
+            (session.out / "table.md").write_text(table(session.out), encoding="utf-8")
+    finally:
         (session.out / "table.md").write_text(table(session.out), encoding="utf-8")
-    print(f"\n{table(session.out)}", end="")
+        print(f"\n{table(session.out)}", end="")
     return 0 if good else 1
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+
+WAIT_SECONDS = 10
+PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl.h
 
 
 def descendants(pid: int) -> list[int]:
@@ -30,17 +34,31 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def kill_all(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
-    """kill -9 a process that runs, and all below it; wait until they are gone. One that has ended is left alone.
-
-    A process group would not do: torchrun starts its ranks in sessions of their own.
-    """
-    if process.poll() is not None:
-        return
-    pids = descendants(process.pid)
+def kill(pids: list[int]) -> None:
+    """kill -9, and wait until they are gone, at most WAIT_SECONDS: one that hangs in a driver cannot be ended."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.wait()
-    while any(is_running(pid) for pid in pids[1:]):
+    until = time.monotonic() + WAIT_SECONDS
+    while any(is_running(pid) for pid in pids) and time.monotonic() < until:
         time.sleep(0.01)
+
+
+def kill_all(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+    """Kill a process that runs, and all below it. One that has ended is left alone.
+
+    A process group would not do: torchrun starts its ranks in sessions of their own.
+    """
+    if process.poll() is None:
+        kill(descendants(process.pid))
+        process.wait()
+
+
+def adopt_orphans() -> None:
+    """From now on, a process whose parent ends before it becomes a child of this one, not of init (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_below_this_process() -> None:
+    """Kill all that this process started, directly or not."""
+    kill(descendants(os.getpid())[1:])

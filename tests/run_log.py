@@ -15,7 +15,7 @@ SLOW_STEPS = 5  # the first steps of a run are slow, and the script logs each of
 
 def numbers(lines: Iterable[str], start: str, key: str) -> list[float]:
     """The numbers after `key:` in the lines that start with `start`; the unit behind a number is left out."""
-    number = re.compile(rf"\b{key}:([-+]?(?:nan|inf|[\d.]+(?:e[-+]?\d+)?))")
+    number = re.compile(rf"\b{key}:([-+]?(?:nan|inf|\d+(?:\.\d+)?(?:e[-+]?\d+)?))")
     found = (number.search(line) for line in lines if line.startswith(start))
     return [float(match[1]) for match in found if match]
 
@@ -98,7 +98,7 @@ class StepTimes(NamedTuple):
 
 def step_times(lines: list[str]) -> StepTimes:
     """From the training time that the `step:` lines show."""
-    found = (re.match(r"step:(\d+)/\d+ train_loss.* train_time:([\d.]+)ms", line) for line in lines)
+    found = (re.match(r"step:(\d+)/\d+ train_loss.* train_time:(\d+(?:\.\d+)?)ms", line) for line in lines)
     clock = [(int(match[1]), float(match[2])) for match in found if match]
     switched = numbers(lines, "qat active", "step")
     qat_step = switched[0] if switched else math.inf

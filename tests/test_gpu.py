@@ -55,6 +55,29 @@ def options(tmp_path: Path, *words: str) -> argparse.Namespace:
     return gpu.arguments(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words])
 
 
+PARENT = """
+import subprocess, sys
+child = [sys.executable, "-c", "import time; time.sleep(600)"]
+print(subprocess.Popen(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)
+"""
+ADOPTER = """
+import sys
+from pathlib import Path
+import processes, test_gpu
+processes.adopt_orphans()
+session = test_gpu.session_with_log(Path(sys.argv[1]), "--cpu")
+print(session.launch([sys.executable, "-c", test_gpu.PARENT], {}).lines[0])
+"""
+
+
+def test_process_that_outlives_its_parent(tmp_path: Path) -> None:
+    """A rank whose launcher is gone is ended with the run."""
+    command = [sys.executable, "-c", ADOPTER, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not is_running(int(done.stdout.split()[-1]))
+
+
 def session_with_log(tmp_path: Path, *words: str) -> gpu.Session:
     """A session in the middle of a stage that has a minute."""
     session = gpu.Session(options(tmp_path, *words))
@@ -100,6 +123,7 @@ def test_plan(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(limits) == len(chosen.stages)
     assert all(limit > 0 for limit in limits)
     assert sum(limits) < 60 * chosen.minutes
+    assert max(limits) < 10 * 60
 
 
 def test_limits_that_the_texts_name() -> None:
@@ -124,6 +148,7 @@ def test_limits_that_the_texts_name() -> None:
         ("--script gone.py --out x", "--script gone.py is no file"),
         ("--table gone", "--table gone has no stage's file"),
         ("--stages 1", "--out names the folder"),
+        (f"--out {__file__}", "test_gpu.py is a file, not a folder"),
     ],
 )
 def test_bad_options(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +243,7 @@ def test_stage_4_trains_as_long_as_stage_2_of_an_earlier_call(tmp_path: Path, mo
 
     def notes_its_seconds(session: gpu.Session) -> None:
         trained.append(session.train_seconds)
+        session.keep(default={"train_seconds": session.train_seconds})
 
     stages = tuple(gpu.Stage(i, "notes", "?", notes_its_seconds, 1, 1, "") for i in (2, 4))
     monkeypatch.setattr(gpu, "STAGES", stages)
@@ -239,8 +265,9 @@ def test_wrong_data_path(tmp_path: Path) -> None:
     assert table["5"][1].startswith("failed: exit code 2: ") and "none.model" in table["5"][1]
 
 
-def test_cut_off(tmp_path: Path) -> None:
-    """Ended by SIGTERM in mid-stage: the runs end, too, what was printed is on disk, and --table shows it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_cut_off(number: signal.Signals, tmp_path: Path) -> None:
+    """Ended by a signal in mid-stage: the runs end, too, what was printed is on disk, and the table says so."""
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "tests/gpu.py"), "--cpu", "--stages", "4", "--out", str(out)]
     command += ["--work", str(tmp_path / "work"), "--script", str(sleeping_script(tmp_path))]
@@ -252,11 +279,10 @@ def test_cut_off(tmp_path: Path) -> None:
         while not found and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
             found = re.findall(r"pids (\d+) (\d+)\n.*step:1", path.read_text()) if path.is_file() else []
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 143
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number
     assert not any(is_running(int(pid)) for pid in found[0])
-    done = program("--table", out)
-    assert done.returncode == 0 and rows(done.stdout)["4"][1] == "cut off"
+    assert rows((out / "table.md").read_text())["4"][1] == "cut off"
 
 
 def test_needs_a_gpu_or_cpu_option(tmp_path: Path) -> None:
@@ -425,14 +451,17 @@ def figures_of(tmp_path: Path) -> dict[str, str]:
     return dict(re.findall(r"^figure (\w+):(\S+)", (tmp_path / "out/stage.txt").read_text(), re.M))
 
 
+SCORED = "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"
+
+
 def test_compiling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage says so and answers the rest uncompiled; so do later stages of this call, but not of the next."""
     failed = Run(["AssertionError: no Triton"], 1)
-    scored = Run([*steps((5, 100), (10, 600)), "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"], 0)
+    scored = Run([*steps((5, 100), (10, 600)), SCORED], 0)
     session, asked = on_gpu(tmp_path, monkeypatch, failed, scored)
     gpu.train_and_score(session, "default", {})
     assert [settings.get("COMPILE") for settings in asked] == [None, 0]
-    assert session.log.problems == ["failed before its first step, then tried COMPILE=0: AssertionError: no Triton"]
+    assert session.log.problems == ["failed to compile, then tried COMPILE=0: AssertionError: no Triton"]
     assert session.state["default"]["val_bpb"] == "1.5"
     assert session.settings["COMPILE"] == 0
     assert "COMPILE" not in gpu.Session(options(tmp_path)).settings
@@ -441,12 +470,31 @@ def test_compiling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_other_failures_are_not_blamed_on_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where COMPILE=0 fails, too, later stages go on compiled."""
-    failed = Run(["error: no shards match"], 1)
-    session, _ = on_gpu(tmp_path, monkeypatch, failed, failed)
+    """A run that fails for another reason is not tried again, and later stages go on compiled."""
+    session, asked = on_gpu(tmp_path, monkeypatch, Run(["error: no shards match"], 1))
     with pytest.raises(RunFailed, match="no shards"):
         gpu.train_and_score(session, "default", {})
+    assert len(asked) == 1
     assert "COMPILE" not in session.settings
+
+
+def test_evaluation_fails_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained weights are scored uncompiled, and the stage says what failed."""
+    failed = Run([*steps((5, 100), (10, 600)), "InductorError: no kernel"], 1)
+    session, asked = on_gpu(tmp_path, monkeypatch, failed, Run([SCORED], 0))
+    monkeypatch.setattr(session, "run_file", lambda run_id, ending: Path(__file__))
+    with pytest.raises(RunFailed, match="InductorError: no kernel"):
+        gpu.train_and_score(session, "default", {})
+    assert asked[1]["EXPORT_FROM"] == Path(__file__)
+    assert asked[1]["COMPILE"] == 0
+    assert figures_of(tmp_path)["val_bpb"] == "1.5"
+
+
+def test_run_without_a_score_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 0 and nothing printed is not ok."""
+    session, _ = on_gpu(tmp_path, monkeypatch, Run([], 0))
+    with pytest.raises(RunFailed, match="without its `final_sliding` line"):
+        gpu.train_and_score(session, "default", {})
 
 
 def test_recompiles_fail_the_stage(tmp_path: Path) -> None:
@@ -490,7 +538,7 @@ def test_another_score_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def probed(setting: str, milliseconds: int) -> Run:
     """A run in the probe: 60 steps, the last of them profiled and so slower."""
     clock = [(step, step * milliseconds) for step in (5, 10, 20, 30, 40)] + [(50, 99999)]
-    profile = "profile steps:10 wall_ms:1000 busy_ms:900 kernels:9"
+    profile = "profile steps:10 wall_ms_per_step:100 busy_ms_per_step:81 kernels:9"
     return Run([f"probe mix_order_reduction:{setting}", *steps(*clock), profile], 0)
 
 
