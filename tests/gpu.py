@@ -663,11 +663,11 @@ TRAINED = (
 AGAIN = "same_score killed_at_step resumed_at_step losses_apart smaller_bytes eval_s_8gpu"
 PROFILED = "ms_per_step device_busy_share attention_pytorch_choice_ms ms_per_step_without_mix_order"
 STAGES = (
-    Stage(1, "ceilings", "what the card can do", ceilings, 30, 20, "product_tflops copy_gb_per_s"),
-    Stage(2, "default", "the default runs", default, 215, 95, TRAINED),
-    Stage(3, "again", "the same score again", again, 55, 45, AGAIN),
-    Stage(4, "pr314", "the literal design beside it", pr314, 160, 15, TRAINED),
-    Stage(5, "profile", "what bounds the step", profile, 45, 20, PROFILED),
+    Stage(1, "ceilings", "what the card can do", ceilings, 30, 10, "product_tflops copy_gb_per_s"),
+    Stage(2, "default", "the default runs", default, 215, 105, TRAINED),
+    Stage(3, "again", "the same score again", again, 55, 40, AGAIN),
+    Stage(4, "pr314", "the literal design beside it", pr314, 160, 14, TRAINED),
+    Stage(5, "profile", "what bounds the step", profile, 45, 16, PROFILED),
     Stage(6, "memory", "20 GB are enough", memory, 35, 1, "micro_batch_tokens peak_gb"),
 )
 

@@ -31,10 +31,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 PRODUCT_SIZE = 8192  # of the square matrices on a GPU: large enough to reach the peak
 COPY_BYTES = 4 << 30  # far beyond any cache of a GPU
-CPU_PRODUCT_SIZE, CPU_COPY_BYTES = 1024, 256 << 20
+CPU_PRODUCT_SIZE, CPU_COPY_BYTES = 512, 64 << 20
 WARM_UPS, REPEATS = 2, 5
 CALLS_PER_MEASUREMENT = 10  # waiting for the device after each call would cost a call of 1 ms some 1%
-PROFILED_STEPS, LISTED_KERNELS = 10, 15
+PROFILED_STEPS, CPU_PROFILED_STEPS = 10, 3  # a CPU has many more events to add up
+LISTED_KERNELS = 15
 RANK_SHAPE = {"sequences": 48, "length": 2048, "heads": 8, "kv_heads": 4, "head_dim": 64}  # 98,304 tokens
 TOY_SHAPE = {"sequences": 2, "length": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
 
@@ -170,7 +171,7 @@ def print_attention(device: torch.device) -> None:
         )
 
 
-def print_kernels(profile: torch.profiler.profile, on_gpu: bool, seconds: float) -> None:
+def print_kernels(profile: torch.profiler.profile, on_gpu: bool, steps: int, seconds: float) -> None:
     """The most expensive kernels of the profiled steps; on a CPU its operators, by their own time."""
     wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
 
@@ -181,15 +182,15 @@ def print_kernels(profile: torch.profiler.profile, on_gpu: bool, seconds: float)
     events.sort(key=milliseconds, reverse=True)
     total = max(sum(map(milliseconds, events)), 1e-9)  # a profiler that saw nothing shall end in an empty table
     print(
-        f"profile steps:{PROFILED_STEPS} wall_ms_per_step:{1000 * seconds / PROFILED_STEPS:.3f} "
-        f"busy_ms_per_step:{total / PROFILED_STEPS:.3f} kernels:{len(events)}"
+        f"profile steps:{steps} wall_ms_per_step:{1000 * seconds / steps:.3f} "
+        f"busy_ms_per_step:{total / steps:.3f} kernels:{len(events)}"
     )
     print("| ms per step | share | calls per step | kernel |")
     print("|---:|---:|---:|---|")
     for event in events[:LISTED_KERNELS]:
-        spent = milliseconds(event) / PROFILED_STEPS
+        spent = milliseconds(event) / steps
         share = milliseconds(event) / total
-        print(f"| {spent:.3f} | {share:.1%} | {event.count / PROFILED_STEPS:g} | {event.key[:90]} |")
+        print(f"| {spent:.3f} | {share:.1%} | {event.count / steps:g} | {event.key[:90]} |")
 
 
 def mix_order_reduction() -> str:
@@ -211,6 +212,7 @@ def profile_after(steps: int) -> None:
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profile = torch.profiler.profile(activities=activities, acc_events=True)
+    profiled = PROFILED_STEPS if on_gpu else CPU_PROFILED_STEPS
     done, begun = 0, 0.0
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -224,11 +226,11 @@ def profile_after(steps: int) -> None:
             synchronize(device)
             profile.start()
             begun = time.perf_counter()
-        elif done == steps + PROFILED_STEPS:
+        elif done == steps + profiled:
             synchronize(device)
             seconds = time.perf_counter() - begun
             profile.stop()
-            print_kernels(profile, on_gpu, seconds)
+            print_kernels(profile, on_gpu, profiled, seconds)
             sys.stdout.flush()
             os._exit(0)  # no exception: the script might catch it
 
