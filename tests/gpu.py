@@ -244,7 +244,7 @@ class Session:
             process.wait()
             process.stdout.close()
             signal.setitimer(signal.ITIMER_REAL, left)
-        name = texts.get("RUN_ID", command[-1])
+        name = texts.get("RUN_ID") or next(word for word in reversed(command) if not word.startswith("-"))
         self.log.say(f"ended {name} exit_code:{run.code} seconds:{time.monotonic() - begun:.1f}")
         return run
 
