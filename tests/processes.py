@@ -61,4 +61,5 @@ def adopt_orphans() -> None:
 
 def kill_below_this_process() -> None:
     """Kill all that this process started, directly or not."""
-    kill(descendants(os.getpid())[1:])
+    for _ in range(3):  # what was forked while the first ones were killed comes next
+        kill([pid for pid in descendants(os.getpid())[1:] if is_running(pid)])

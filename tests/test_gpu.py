@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,28 @@ from tools import ROOT, corpus
 
 import train_gpt as t
 
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """`gpu.main` takes signals over; pytest wants them back."""
+    numbers_of_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers_of_signals]
+    yield
+    for number, handler in zip(numbers_of_signals, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_orphans_for_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest itself shall not become the parent of what other tests leave."""
+    monkeypatch.setattr(gpu, "adopt_orphans", lambda: None)
+
+
 FILES = ["1-ceilings.txt", "2-default.txt", "3-again.txt", "4-pr314.txt", "5-profile.txt", "6-memory.txt", "table.md"]
 AFTER_TRAINING = (
     "compile_warm_up_s ms_per_step ms_per_step_qat tflops share_of_ceiling peak_gb choice_s steps over_cap_s "
-    "artifact_bytes val_bpb quantization_gap eval_tokens_per_s_at_least eval_s_8gpu_at_most export_round_0_s"
+    "artifact_bytes val_bpb quantization_gap eval_tokens_per_s_with_compiling "
+    "eval_s_8gpu_with_compiling export_round_0_s"
 ).split()
 FIGURES = {
     "1": ["product_tflops", "copy_gb_per_s"],
@@ -88,8 +107,8 @@ def session_with_log(tmp_path: Path, *words: str) -> gpu.Session:
 def test_all_stages_on_a_cpu(tmp_path: Path) -> None:
     """The whole program but for compiling: every stage is ok, every file and figure is there, the table comes last."""
     out = tmp_path / "out"
-    limits = ["--minutes", 20, "--train-seconds", 4]
-    done = program("--cpu", "--no-compile", *limits, "--out", out, "--work", tmp_path / "work")
+    limits = ["--minutes", 9, "--train-seconds", 60]
+    done = program("--cpu", "--no-compile", *limits, "--out", out, "--work", tmp_path / "work", timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert done.stdout.endswith((out / "table.md").read_text())
@@ -101,7 +120,7 @@ def test_all_stages_on_a_cpu(tmp_path: Path) -> None:
     again = (out / "3-again.txt").read_text()
     figures = dict(re.findall(r"^figure (\w+):(\S+)", again, re.M))
     assert figures["same_score"] == "1" and figures["losses_apart"] == "0"
-    assert int(figures["resumed_at_step"]) < int(figures["killed_at_step"]) < int(figures["ended_at_step"]) == 40
+    assert int(figures["resumed_at_step"]) < int(figures["killed_at_step"]) < int(figures["ended_at_step"]) == 100
     assert 0.8 * int(figures["smaller_limit"]) < int(figures["smaller_bytes"]) <= int(figures["smaller_limit"])
     profile = (out / "5-profile.txt").read_text()
     assert len(re.findall(r"^\[ *[\d.]+\] \| [\d.]+ \| [\d.]+% \|", profile, re.M)) == 15
@@ -133,7 +152,7 @@ def test_limits_that_the_texts_name() -> None:
     readme = (ROOT / "README.md").read_text()
     assert f"{', '.join(map(str, seconds[:-1]))} and {seconds[-1]} s" in readme
     trained = gpu.training_seconds(first, gpu.limits(first, 5, cpu=False), cpu=False)
-    assert gpu.__doc__ is not None and f"stages 1 to 3 train for {trained:.0f} s" in gpu.__doc__
+    assert gpu.__doc__ is not None and f"stage 2\n   trains for {trained:.0f} s" in gpu.__doc__
 
 
 @pytest.mark.parametrize(
@@ -207,9 +226,9 @@ def test_stage_that_fails_or_sleeps_costs_its_own_line(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu, "STAGES", stages)
     monkeypatch.setattr(gpu, "machine_lines", lambda session: ["machine none"])
     begun = time.monotonic()
-    words = ["--cpu", "--minutes", "0.2", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    words = ["--cpu", "--minutes", "0.4", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert gpu.main(words) == 1
-    assert time.monotonic() - begun < 12
+    assert time.monotonic() - begun < 24 + 10
     table = rows((tmp_path / "out/table.md").read_text())
     assert [table[n][1] for n in "123"] == ["over time"] * 3
     assert table["4"][1].startswith("failed: exit code 2: ") and "missing.py" in table["4"][1]
@@ -254,17 +273,6 @@ def test_stage_4_trains_as_long_as_stage_2_of_an_earlier_call(tmp_path: Path, mo
     assert trained[0] > gpu.training_seconds([stages[1]], [2 * 60], cpu=False)
 
 
-def test_wrong_data_path(tmp_path: Path) -> None:
-    """The stages that need data say what the script says of it; the one that needs none is ok."""
-    data = ["--data", tmp_path / "none", "--tokenizer", tmp_path / "none.model"]
-    done = program(
-        "--cpu", "--stages", "1,5", "--minutes", 5, *data, "--out", tmp_path / "out", "--work", tmp_path / "work"
-    )
-    table = rows(done.stdout)
-    assert done.returncode == 1 and table["1"][1] == "ok"
-    assert table["5"][1].startswith("failed: exit code 2: ") and "none.model" in table["5"][1]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_cut_off(number: signal.Signals, tmp_path: Path) -> None:
     """Ended by a signal in mid-stage: the runs end, too, what was printed is on disk, and the table says so."""
@@ -272,7 +280,11 @@ def test_cut_off(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests/gpu.py"), "--cpu", "--stages", "4", "--out", str(out)]
     command += ["--work", str(tmp_path / "work"), "--script", str(sleeping_script(tmp_path))]
     command += ["--data", str(corpus()), "--tokenizer", str(corpus() / "tokenizer.model")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+
+    def takes_signals() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=takes_signals) as process:
         path = out / "4-pr314.txt"
         found: list[tuple[str, str]] = []
         until = time.monotonic() + 60
@@ -293,11 +305,11 @@ def test_needs_a_gpu_or_cpu_option(tmp_path: Path) -> None:
     assert done.returncode == 1 and "--cpu" in done.stderr
 
 
-def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names it and where the remedy stands."""
+def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named, with where the remedy stands; stages that do without it still run."""
     monkeypatch.setattr(gpu, "PACKAGES", ("torch", "no_such_package"))
-    with pytest.raises(SystemExit, match="missing packages: no_such_package; --help says how"):
-        gpu.machine_lines(gpu.Session(options(tmp_path, "--cpu")))
+    assert gpu.machine_lines(gpu.Session(options(tmp_path, "--cpu")))[0].startswith("machine python:")
+    assert "missing packages: no_such_package." in capsys.readouterr().out
 
 
 def test_card_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,10 +540,18 @@ def test_resume_is_judged(after: Run, problem: str, tmp_path: Path) -> None:
     assert bool(log.problems) == bool(problem)
 
 
+def evaluated(targets: int, seconds: float) -> Run:
+    """An evaluation of so many targets."""
+    score = f"final_sliding stride:64 val_bpb:1.50000001 eval_time:{1000 * seconds:.0f}ms"
+    return Run([f"data path:x val_targets:{targets}", score], 0)
+
+
 def test_another_score_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stored model must score what the run said, to the last digit."""
-    session, _ = on_gpu(tmp_path, monkeypatch, Run(["final_sliding stride:64 val_bpb:1.50000001 eval_time:9ms"], 0))
+    """The stored model must score what the run said, to the last digit; its speed is without what all runs share."""
+    session, _ = on_gpu(tmp_path, monkeypatch, evaluated(620_000, 30), evaluated(20_000, 24))
     gpu.evaluate_again(session, {"run_id": "x", "val_bpb": "1.50000000"})
+    figures = figures_of(tmp_path)
+    assert (figures["eval_tokens_per_s"], figures["eval_s_8gpu"]) == ("1e+05", "77.5")
     assert session.log.problems == ["EVAL_ARTIFACT scores 1.50000001, the run itself had 1.50000000"]
 
 
@@ -573,19 +593,35 @@ OUT_OF_MEMORY = ["batch micro_batch_tokens:98304", "error: CUDA out of memory. T
 
 
 def test_less_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the value that the message names, once; a message without one fails the stage, as other errors do."""
+    """It takes the value that the message names."""
     ended = Run(["batch tokens:98304 micro_batch_tokens:32768"], 0)
     advice = Run([*OUT_OF_MEMORY, "error: set MICRO_BATCH_TOKENS=32768"], 2)
     session, asked = on_gpu(tmp_path, monkeypatch, advice, ended)
     gpu.memory(session)
     assert [settings.get("MICRO_BATCH_TOKENS") for settings in asked] == [None, 32768]
     assert figures_of(tmp_path)["micro_batch_tokens"] == "32768"
-    session, _ = on_gpu(tmp_path, monkeypatch, Run(OUT_OF_MEMORY, 1))
-    with pytest.raises(RunFailed, match="names no MICRO_BATCH_TOKENS that would fit: error: CUDA out of memory"):
-        gpu.memory(session)
-    session, _ = on_gpu(tmp_path, monkeypatch, Run(["error: no shards"], 2))
+    assert not session.log.problems
+
+
+def test_less_memory_without_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it is tried, and the stage is not ok."""
+    ended = Run(["batch tokens:98304 micro_batch_tokens:49152"], 0)
+    session, asked = on_gpu(tmp_path, monkeypatch, Run(OUT_OF_MEMORY, 1), ended)
+    gpu.memory(session)
+    assert [settings.get("MICRO_BATCH_TOKENS") for settings in asked] == [None, 49152]
+    assert session.log.problems == ["out of memory with 98304, and no MICRO_BATCH_TOKENS named"]
+
+
+def test_less_memory_is_not_to_blame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another error fails the stage at once; so does memory that never does."""
+    session, asked = on_gpu(tmp_path, monkeypatch, Run(["error: no shards"], 2))
     with pytest.raises(RunFailed, match="exit code 2: error: no shards"):
         gpu.memory(session)
+    assert len(asked) == 1
+    session, asked = on_gpu(tmp_path, monkeypatch, *[Run(OUT_OF_MEMORY, 1)] * 9)
+    with pytest.raises(RunFailed, match="CUDA out of memory"):
+        gpu.memory(session)
+    assert len(asked) == gpu.MEMORY_TRIES
 
 
 def test_table_of_a_result_with_bars(tmp_path: Path) -> None:
