@@ -37,7 +37,8 @@ On a machine rented by the minute:
            -d data zstandard==0.25.0
        pip install --no-index --no-deps --target site data/*.whl && export PYTHONPATH=$PWD/site
 3. Run stages 1 to 3 and right after them 4 to 6 on the same machine: they share the compile cache in the work folder
-   (`--work`), and stage 4 trains as long as stage 2 did. A call ends within its `--minutes`. In five minutes, stage 2
+   (`--work`), and stage 4 trains as long as stage 2 did. A call ends within its `--minutes`; where a command may take
+   ten minutes, one can hold both calls, joined by `;` since a failed stage is exit code 1. In five minutes, stage 2
    trains for 34 s (`--train-seconds`); most of the rest is starting and compiling, which nobody has timed yet. A stage
    that ran out of time can run again alone and finds what is compiled; its file is written anew.
 4. Bring OUT back and commit its files as they are, in a folder gpu under logs/. If OUT was emptied between the calls,
