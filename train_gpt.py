@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
-
 import numpy as np
 import sentencepiece
 import torch
@@ -248,7 +247,7 @@ class Runtime:
         return torch.compile(function, fullgraph=True, dynamic=False) if self.compile else function
     def autocast(self) -> contextlib.AbstractContextManager[Any]:  # bf16, where the model computes in it
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
-    def all_reduce(self, tensor: Tensor) -> Tensor:  # sum over ranks, in place
+    def all_reduce(self, tensor: Tensor) -> Tensor:  # sums over ranks, in place
         if dist.is_initialized(): dist.all_reduce(tensor)
         return tensor
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
