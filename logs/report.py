@@ -239,13 +239,13 @@ def read_score(run: Run, line: str, pairs: dict[str, str]) -> None:
 
 
 def read_artifact(run: Run, line: str, pairs: dict[str, str]) -> None:
-    """`artifact bits:... model_bytes:...` and `artifact category:...`; `artifact round:...` is but a trial."""
+    """`artifact path:... model_bytes:...` (older: `artifact bits:...`), `artifact category:...`. Rounds are trials."""
     if "category" in pairs:
         keys = ("bytes", "compressed_bytes", "order0_entropy_bytes", "raw_bytes")
         sizes = [size for key in keys if (size := number(pairs.get(key))) is not None]
         if sizes:
             run.categories[pairs["category"]] = sizes[0]
-    if "model_bytes" in pairs:
+    if "model_bytes" in pairs and "round" not in pairs:
         for key in ("model_bytes", "code_bytes", "artifact_bytes", "limit"):
             setattr(run, key, whole(pairs.get(key)))
 
@@ -259,6 +259,13 @@ def read_old_size(run: Run, line: str, pairs: dict[str, str]) -> None:
         setattr(run, "artifact_bytes" if found[1].startswith("Total") else "model_bytes", int(found[3]))
 
 
+def set_config(run: Run, settings: dict[str, Any], complete: bool) -> None:
+    """Note the settings of a start, unless all that it does is to export what this run has trained."""
+    if not (run.step and settings.get("export_from")):
+        run.own, run.whole_config, run.settings = True, complete, settings
+        run.seed = whole(str(settings.get("seed")))
+
+
 def read_about(run: Run, line: str, pairs: dict[str, str]) -> None:
     """Config, versions, hardware and data of this script's logs."""
     if line.startswith("config {"):
@@ -266,14 +273,13 @@ def read_about(run: Run, line: str, pairs: dict[str, str]) -> None:
             settings = json.loads(line[7:])
         except json.JSONDecodeError:
             return
-        run.own, run.whole_config, run.settings = True, True, settings
-        run.seed = whole(str(settings.get("seed")))
+        set_config(run, settings, complete=True)
     elif line.startswith("config overrides: "):
         run.own = True
         if not run.whole_config:  # the console's copy of a log lacks the config line
-            changed = re.findall(r"(\w+)=(.*?) \(\w+\)(?:, |$)", line[18:])
-            run.settings = {name.lower(): plain_value(value) for name, value in changed}
-            run.seed = whole(str(run.settings.get("seed")))
+            changed = re.findall(r"(\w+)=(.*?) \(\w+\)(?:, |$)", line[18:])  # of older logs: NAME=value (source), ...
+            changed = changed or re.findall(r"([A-Z]\w*)=(.*?)(?= [A-Z]\w*=|$)", line[18:])
+            set_config(run, {name.lower(): plain_value(value) for name, value in changed}, complete=False)
     elif line.startswith("run id:"):
         run.own, run.versions = True, {k: v for k, v in pairs.items() if k != "id"}
     elif line.startswith("runtime "):
@@ -456,7 +462,7 @@ def facts(run: Run) -> dict[str, Any]:
     settings = {k: v for k, v in run.settings.items() if k not in PER_RUN_SETTINGS}
     if not run.own and not run.source:
         settings["folder"] = str(run.path.resolve().parent)
-    keys = (*HARDWARE, "compute_dtype", "compile", "attention")
+    keys = (*HARDWARE, "compute_dtype", "compile", "attention", "flash3")
     mode = run.final.mode if run.final else ""
     about = {"script": run.source, "data": run.dataset, "val_targets": run.val_targets, "evaluation": mode}
     return settings | about | {k: run.runtime[k] for k in keys if k in run.runtime}

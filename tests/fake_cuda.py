@@ -2,19 +2,79 @@
 
     python tests/fake_cuda.py
 
-Checks shapes, formats and devices of forward, evaluation, quantization and optimizer steps; a backward needs a device.
+Checks shapes, formats and devices of forward, quantization and optimizer steps; a backward needs a device.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
+from tools import SilentRuntime, mlp_grids, t
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t
+
+def described(tensor: torch.Tensor) -> str:
+    """Shape, format and device."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]} {tensor.device}"
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Stands for FlashAttention 3: what it takes, and a result of its shape."""
+    heads, kv_heads = q.size(2), k.size(2)
+    assert causal and k.shape == v.shape and q.shape[:2] == k.shape[:2] and heads % kv_heads == 0
+    assert {each.dtype for each in (q, k, v)} == {torch.bfloat16}
+    assert all(each.stride(-1) == 1 for each in (q, k, v))
+    return torch.empty_like(q)
+
+
+def check_model(cfg: t.Config, flash3: bool) -> t.GPT:
+    """Forward in training and in evaluation, with and without grids; returns the model."""
+    with torch.device("cuda"):
+        model = t.GPT(cfg, torch.bfloat16, flash3)
+        tokens = torch.zeros(4, cfg.train_seq_len + 1, dtype=torch.int64)
+    assert {p.device.type for p in model.parameters()} == {"cuda"} == {b.device.type for b in model.buffers()}
+    for grids in ({}, mlp_grids(cfg)):
+        model.refresh(grids)
+        nll = model(tokens[:, :-1], tokens[:, 1:])
+        with torch.no_grad():
+            scored = model(tokens[:, :-1], tokens[:, 1:])
+        assert nll.dtype == scored.dtype == torch.float32 and nll.shape == scored.shape == (4, cfg.train_seq_len)
+        assert nll.device.type == "cuda" and nll.requires_grad and not scored.requires_grad
+    print(f"forward flash3:{int(flash3)} nll", described(nll))
+    return model
+
+
+def check_grids(model: t.GPT, cfg: t.Config) -> None:
+    """Fixed and planned grids; the steps of the latter are on the CPU, since they are the same on all ranks."""
+    layer = model.get_submodule("blocks.0.mlp.up_proj")
+    assert isinstance(layer, t.CastedLinear) and layer.rounded is not None
+    print("fake quantization", described(layer.rounded))
+    costs = {name: torch.ones(len(p)) for name, p in model.named_parameters() if t.category(name) != "small"}
+    plan = t.grids_of_size(0.01, costs, {}, cfg)
+    model.refresh({name: grid for name, grid in plan.items() if t.category(name) == "mlp"})
+    codes, scale = plan["blocks.0.mlp.up_proj.weight"].quantize(layer.weight.detach())
+    assert (codes.dtype, scale.dtype) == (torch.int8, torch.float16) and codes.device == scale.device
+    assert layer.rounded.dtype == torch.float32 and layer.rounded.device == layer.weight.device
+    print("codes", described(codes), "scales", described(scale))
+
+
+def check_optimizers(model: t.GPT, cfg: t.Config) -> None:
+    """A step of both from gradients of the buffer that all of them share."""
+    rt = SilentRuntime(0, 1, False)
+    rt.device, rt.compute_dtype = torch.device("cuda"), torch.bfloat16
+    params = list(model.parameters())
+    flat = torch.zeros(sum(p.numel() for p in params), device="cuda")
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = part.view_as(p)
+    adamw, muon = t.make_optimizers(model, cfg, rt)
+    adamw.step()
+    muon.step()
+    momenta = [state["momentum"] for state in muon.state.values()]
+    assert {m.device.type for m in momenta} == {"cuda"} and {m.dtype for m in momenta} == {torch.float32}
+    print("optimizer step of", len(params), "parameters in", len(momenta), "stacks, gradients", described(flat))
+    stack = t.newton_schulz(torch.empty(22, 512, 1536, device="cuda"), 5, torch.bfloat16)
+    print("Newton-Schulz", described(stack))
 
 
 def main() -> int:
@@ -23,55 +83,12 @@ def main() -> int:
         print(f"PyTorch {torch.__version__} has no CUDA: nothing checked. Run this where a CUDA build is installed")
         return 0
     cfg = t.load_config({})[0]
-    plan = {
-        n: t.QuantSpec(4)
-        for i in range(cfg.num_layers)
-        for n in (f"blocks.{i}.mlp.up_proj.weight", f"blocks.{i}.mlp.down_proj.weight")
-    }
-    rt = t.Runtime(0, 1, torch.device("cuda"), torch.bfloat16, False, "sdpa", t.open_log(None))
+    t.flash_attn_func = flash
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cuda"):
-            model = t.GPT(cfg, plan, torch.bfloat16)
-            ids = torch.zeros(4, cfg.train_seq_len, dtype=torch.int64)
-        print("parameters", sum(p.numel() for p in model.parameters()), {p.device.type for p in model.parameters()})
-        model.refresh(True)
-        layer = model.blocks[0].mlp.up_proj
-        print(
-            "fake quantization",
-            tuple(layer.forward_weight.shape),
-            layer.forward_weight.dtype,
-            layer.forward_weight.device,
-        )
-        codes, scale = t.quantize_per_row(layer.weight.detach(), t.QuantSpec(4))
-        print("export codes", codes.dtype, "scales", scale.dtype, codes.device)
-        t.QuantSpec.__post_init__ = lambda _: None  # it looks at values, which fake tensors do not have
-        rows = t.search_rows(layer.weight.detach(), torch.ones(len(scale)))
-        scale = t.row_scale(layer.weight.detach(), t.QuantSpec(8, 0.2, rows))
-        print("searched scales", tuple(rows.shape), rows.device, "on", scale.dtype, scale.device)
-        with torch.no_grad(), rt.autocast():
-            loss, rope = model.loss(ids, ids), model.angles[:, : cfg.train_seq_len]
-            hidden, past = model.hidden(model.embedded(ids), cfg.train_seq_len, rope)
-            x0, rope = model.embedded(ids), model.angles[:, cfg.train_seq_len : 2 * cfg.train_seq_len]
-            banded, _ = model.chunk_nll(x0, ids, rope, past)
-            span = model.nll(ids, ids[:, -cfg.eval_stride :])
-        print("forward", tuple(hidden.shape), hidden.dtype, "loss", loss.dtype, loss.device)
-        print("banded evaluation", tuple(banded.shape), banded.dtype, banded.device)
-        print("evaluation span", tuple(span.shape), span.dtype, span.device)
-        assert (
-            hidden.dtype == torch.bfloat16 and loss.dtype == span.dtype == torch.float32 and span.device.type == "cuda"
-        )
-        optimizers = t.Optimizers(model, cfg, rt)
-        metrics = optimizers.step(1.0, 0)
-        print(
-            "optimizer step",
-            tuple(metrics.shape),
-            metrics.dtype,
-            metrics.device,
-            "flat gradient",
-            optimizers.flat.numel(),
-        )
-        stack = t.newton_schulz(torch.empty(22, 512, 1536, device="cuda"), 5, torch.bfloat16)
-        print("Newton-Schulz stack", tuple(stack.shape), stack.dtype, stack.device)
+        check_model(cfg, flash3=True)
+        model = check_model(cfg, flash3=False)
+        check_grids(model, cfg)
+        check_optimizers(model, cfg)
     return 0
 
 

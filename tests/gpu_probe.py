@@ -31,13 +31,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 PRODUCT_SIZE = 8192  # of the square matrices on a GPU: large enough to reach the peak
 COPY_BYTES = 4 << 30  # far beyond any cache of a GPU
-CPU_PRODUCT_SIZE, CPU_COPY_BYTES = 512, 64 << 20
+CPU_PRODUCT_SIZE, CPU_COPY_BYTES = 256, 16 << 20
 WARM_UPS, REPEATS = 2, 5
 CALLS_PER_MEASUREMENT = 10  # waiting for the device after each call would cost a call of 1 ms some 1%
-PROFILED_STEPS, CPU_PROFILED_STEPS = 10, 3  # a CPU has many more events to add up
+PROFILED_STEPS, CPU_PROFILED_STEPS = 10, 1  # a CPU has many more events to add up
 LISTED_KERNELS = 15
 RANK_SHAPE = {"sequences": 48, "length": 2048, "heads": 8, "kv_heads": 4, "head_dim": 64}  # 98,304 tokens
-TOY_SHAPE = {"sequences": 2, "length": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
+TOY_SHAPE = {"sequences": 2, "length": 64, "heads": 4, "kv_heads": 2, "head_dim": 16}
 
 
 def synchronize(device: torch.device) -> None:

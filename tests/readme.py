@@ -1,7 +1,4 @@
-"""Print the README's table of environment variables from the config; `--write` puts it there, `--check` compares.
-
-python tests/readme.py --check
-"""
+"""logs/VARIABLES.md from the config: `python tests/readme.py --write` makes it, `--check` compares."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
-BEGIN, END = "<!-- variables: made by tests/readme.py -->\n", "<!-- end of variables -->"
+PAGE = ROOT / "logs" / "VARIABLES.md"
 
 
 def shown(value: object) -> str:
@@ -22,29 +19,38 @@ def shown(value: object) -> str:
     return f"`{text}`" if text else ""
 
 
-def table() -> str:
-    """The table in Markdown."""
-    rows = ["| variable | default | with `DEMO=1` | meaning |", "|---|---|---|---|"]
+def page() -> str:
+    """The page in Markdown."""
+    presets = {}
+    for (name, _), preset in train_gpt.PRESETS.items():
+        presets[name] = dict(word.split("=") for word in preset.split())
+    rows = [
+        "# All variables",
+        "",
+        "Made by `python tests/readme.py --write` from the fields of `Config`. The environment has precedence over "
+        "`DEMO=1`, that over `RECIPE=pr314`, that over the default.",
+        "",
+        "| variable | default | with `DEMO=1` | with `RECIPE=pr314` | allowed | meaning |",
+        "|---|---|---|---|---|---|",
+    ]
     for field in dataclasses.fields(train_gpt.Config):
-        demo = shown(train_gpt.DEMO_SETTINGS[field.name]) if field.name in train_gpt.DEMO_SETTINGS else ""
-        rows.append(f"| `{field.name.upper()}` | {shown(field.default)} | {demo} | {field.metadata['meaning']} |")
+        name = field.name.upper()
+        values = [shown(field.default), shown(presets["DEMO"].get(name, "")), shown(presets["RECIPE"].get(name, ""))]
+        allowed = " and ".join(bound.removeprefix("= ") for bound in field.metadata["bounds"])
+        rows.append(f"| `{name}` | {' | '.join(values)} | {allowed} | {field.metadata['meaning']} |")
     return "\n".join(rows) + "\n"
 
 
 def main() -> int:
-    """Print, write or check the table."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    old, after = rest.split(END)
+    """Print, write or check the page."""
     if "--write" in sys.argv:
-        readme.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+        PAGE.write_text(page(), encoding="utf-8")
     elif "--check" in sys.argv:
-        if old != table():
-            print("README.md's table of variables is not the config's: run python tests/readme.py --write")
+        if PAGE.read_text(encoding="utf-8") != page():
+            print("logs/VARIABLES.md is not the config's: run python tests/readme.py --write")
             return 1
     else:
-        print(table())
+        print(page())
     return 0
 
 

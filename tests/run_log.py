@@ -89,22 +89,20 @@ def recompiles(lines: list[str]) -> int:
 
 
 class StepTimes(NamedTuple):
-    """How long a training step takes. None for what the log does not show."""
+    """How long a training step takes: median milliseconds, or None for what the log does not show."""
 
-    plain: float | None  # median milliseconds without fake quantization
-    quantized: float | None  # median milliseconds with it
-    switch: float | None  # seconds that the switch added to the logged interval in which it falls
+    plain: float | None  # without fake quantization
+    quantized: float | None  # with it
 
 
 def step_times(lines: list[str]) -> StepTimes:
-    """From the training time that the `step:` lines show."""
+    """From the training time that the `step:` lines show; the interval with the switch to fake quantization is out."""
     found = (re.match(r"step:(\d+)/\d+ train_loss.* train_time:(\d+(?:\.\d+)?)ms", line) for line in lines)
     clock = [(int(match[1]), float(match[2])) for match in found if match]
     switched = numbers(lines, "qat active", "step")
     qat_step = switched[0] if switched else math.inf
     plain: list[float] = []
     quantized: list[float] = []
-    switch = None
     for (first, begin), (last, end) in pairwise(clock):
         if first < SLOW_STEPS:
             continue
@@ -112,6 +110,4 @@ def step_times(lines: list[str]) -> StepTimes:
             plain.append((end - begin) / (last - first))
         elif first > qat_step:
             quantized.append((end - begin) / (last - first))
-        elif plain:
-            switch = (end - begin - (last - first) * median(plain)) / 1000
-    return StepTimes(median(plain) if plain else None, median(quantized) if quantized else None, switch)
+    return StepTimes(median(plain) if plain else None, median(quantized) if quantized else None)

@@ -1,5 +1,5 @@
 """Files from elsewhere: thousands of mutated artifacts, shards, checkpoints and weights, all seeded. Each is read
-correctly or refused with the documented errors, in bounded time and memory, and none runs code."""
+correctly or refused with a ValueError, in bounded time and memory, and none runs code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ import zstandard
 from tools import config, model_for, plan_for, runtime, t
 
 SECONDS, MEMORY = 2.0, 1 << 30  # what one file may take; the memory of them all together
-REFUSED = (ValueError, FileNotFoundError)
 
 
 def peak_memory() -> int:
@@ -62,7 +61,7 @@ def check(cases: Iterator[tuple[str, Callable[[], Any]]], at_least: int) -> dict
         try:
             read()
             counts["read"] += 1
-        except REFUSED as error:
+        except ValueError as error:
             assert str(error), name
             counts["refused"] += 1
         except Exception as error:
@@ -75,21 +74,21 @@ def check(cases: Iterator[tuple[str, Callable[[], Any]]], at_least: int) -> dict
 
 # ---- artifacts -------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def artifact() -> tuple[t.Config, bytes]:
-    """A sound artifact of a tiny model."""
-    cfg = config()
-    stored = t.quantize_state(dict(model_for(cfg).named_parameters()), plan_for(cfg), cfg, lambda _: None, {})
-    return cfg, t.encode_artifact(stored, plan_for(cfg), cfg, "f" * 64)
+def artifact() -> tuple[t.Config, bytes, dict[str, t.Stored]]:
+    """A sound artifact of a tiny model, and what is in it."""
+    cfg = config(num_layers=1)
+    stored = t.quantize(model_for(cfg).state_dict(), plan_for(cfg), cfg)
+    return cfg, t.encode_artifact(stored, cfg, "f" * 64), stored
 
 
 def payload_of(content: bytes) -> bytes:
     """The decompressed part of an artifact."""
-    return t.artifact_payload(Path("a.ptz"), content)
+    return zstandard.ZstdDecompressor().decompress(content[len(t.ARTIFACT_MAGIC) :])
 
 
-def framed(payload: bytes, level: int = 1) -> bytes:
+def framed(payload: bytes) -> bytes:
     """An artifact file around a payload."""
-    return t.ARTIFACT_HEAD + zstandard.ZstdCompressor(level=level, write_checksum=True).compress(payload)
+    return t.ARTIFACT_MAGIC + zstandard.ZstdCompressor(level=1, write_checksum=True).compress(payload)
 
 
 def with_header(header: Any, body: bytes, claimed: int | None = None) -> bytes:
@@ -106,23 +105,28 @@ ODD_VALUES: list[Any] = [
 
 
 def forged_header(header: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A header with one to three odd values, dropped, doubled or swapped entries."""
+    """A header with one to three odd values, or names of tensors dropped, doubled, replaced or swapped."""
     forged = json.loads(json.dumps(header))
     for _ in range(rng.choice((1, 1, 2, 3))):
-        if not isinstance(forged.get("tensors"), list) or not forged["tensors"] or rng.random() < 0.15:
-            forged[rng.choice(("tensors", "config", "tokenizer_sha256", "more"))] = rng.choice(ODD_VALUES)
-            continue
-        if rng.random() < 0.35 and isinstance(forged.get("config"), dict) and forged["config"]:
-            forged["config"][rng.choice(list(forged["config"]))] = rng.choice(ODD_VALUES)
-            continue
-        i, kind = rng.randrange(len(forged["tensors"])), rng.randrange(4)
-        if kind == 0:
-            del forged["tensors"][i]
-        elif kind == 1:
-            forged["tensors"].insert(rng.randrange(len(forged["tensors"])), forged["tensors"][i])
-        elif isinstance(forged["tensors"][i], dict):
-            forged["tensors"][i][rng.choice(("name", "shape", "bits", "dtype"))] = rng.choice(ODD_VALUES)
+        where, coded = rng.random(), forged.get("coded")
+        if where < 0.15:
+            forged[rng.choice(("coded", "config", "tokenizer_sha256", "more"))] = rng.choice(ODD_VALUES)
+        elif where < 0.65 and isinstance(forged.get("config"), dict):
+            forged["config"][rng.choice(list(header["config"]))] = rng.choice(ODD_VALUES)
+        elif isinstance(coded, list) and coded:
+            i = rng.randrange(len(coded))
+            j = rng.randrange(len(coded))
+            odd = rng.choice((*ODD_VALUES, "smear_gate", "bigram.scale", "embed.weight", "blocks.0.attn.q_gain"))
+            coded[i : i + 1] = rng.choice(([], [coded[i]] * 2, [odd], [coded[j]]))
     return forged
+
+
+def fitting(header: dict[str, Any], body: bytes, shapes: dict[str, torch.Size], rng: random.Random) -> bytes:
+    """A file whose streams have the length that the header's names ask for, as far as these are names of tensors."""
+    names = [name for name in header["coded"] if isinstance(name, str) and name in shapes]
+    size = sum(shapes[name].numel() + 2 * shapes[name][:1].numel() for name in names)
+    size += sum(2 * shape.numel() for name, shape in shapes.items() if name not in names)
+    return with_header(header, (body + rng.randbytes(max(0, size - len(body))))[:size])
 
 
 def forged_frame(content: bytes, rng: random.Random) -> bytes:
@@ -130,7 +134,7 @@ def forged_frame(content: bytes, rng: random.Random) -> bytes:
     payload = payload_of(content)
     if rng.random() < 0.3:
         compressor = zstandard.ZstdCompressor(level=1, write_content_size=False)
-        return t.ARTIFACT_HEAD + compressor.compress(payload)
+        return t.ARTIFACT_MAGIC + compressor.compress(payload)
     frame = bytearray(content[8:])
     assert frame[4] >> 6 in (1, 2), "the content size has 2 or 4 bytes"
     begin = 5 + (0 if frame[4] & 32 else 1)
@@ -140,19 +144,25 @@ def forged_frame(content: bytes, rng: random.Random) -> bytes:
     return content[:8] + bytes(frame)
 
 
-def artifact_cases(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, mutated file), 2,200 of them: files, payloads in a sound frame, headers, claimed sizes."""
+def artifact_cases(content: bytes, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, bytes]]:
+    """(name, mutated file), 2,000 of them: files, payloads in a sound frame, headers, claimed sizes."""
     rng, payload = random.Random(0), payload_of(content)
     begin = 4 + struct.unpack_from("<I", payload)[0]
     header, body = json.loads(payload[4:begin]), payload[begin:]
-    for i in range(700):
-        yield f"file {i}", mutated(content, rng)
-    for i in range(400):  # of the header's text, in a sound frame
-        yield f"text {i}", with_header(mutated(payload[4:begin], rng), body)
-    for i in range(300):
-        yield f"payload {i}", framed(mutated(payload, rng))
     for i in range(600):
+        yield f"file {i}", mutated(content, rng)
+    for i in range(300):  # of the header's text, in a sound frame
+        yield f"text {i}", with_header(mutated(payload[4:begin], rng), body)
+    for i in range(200):
+        yield f"payload {i}", framed(mutated(payload, rng))
+    for i in range(500):
         yield f"header {i}", with_header(forged_header(header, rng), mutated(body, rng) if i % 4 == 0 else body)
+    for i in range(200):  # only the names of the tensors are forged, and the rest fits them
+        names = list(header["coded"])
+        for _ in range(rng.choice((1, 2, 5))):
+            names.insert(rng.randrange(len(names) + 1), rng.choice(list(shapes)))
+            del names[rng.randrange(len(names))]
+        yield f"names {i}", fitting(header | {"coded": names}, body, shapes, rng)
     for i in range(100):
         claimed = rng.choice((0, 1, begin, 1 << 31, (1 << 32) - 1, rng.randrange(9**9)))
         yield f"length {i}", with_header(header, body, claimed)
@@ -160,76 +170,46 @@ def artifact_cases(content: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"frame {i}", forged_frame(content, rng)
 
 
-def test_artifacts(artifact: tuple[t.Config, bytes], tmp_path: Path) -> None:
-    """2,200 mutated artifacts, read and, if that works, loaded as the evaluation does; unharmed ones load as before."""
-    cfg, content = artifact
-    path, rt = tmp_path / "a.ptz", runtime()
-    path.write_bytes(content)
-    sound = t.load_artifact(path, cfg, rt, "f" * 64).state_dict()
+def test_artifacts(artifact: tuple[t.Config, bytes, dict[str, t.Stored]]) -> None:
+    """2,000 mutated artifacts, read and, if that works, loaded as the evaluation does; unharmed ones load as before."""
+    cfg, content, sound = artifact
+    path, rt = Path("a.ptz"), runtime()
+    shapes = {name: tensor.values.shape for name, tensor in sound.items()}
 
     def load(data: bytes) -> None:
-        """As `main` does for EVAL_ARTIFACT."""
-        path.write_bytes(data)
-        header, stored, _ = t.read_artifact(path)
-        with_fields = t.with_model_fields(cfg, header["config"], str(path))
-        if header.get("tokenizer_sha256") == "f" * 64:
-            model = t.load_artifact(path, with_fields, rt, "f" * 64)
-            assert model.state_dict().keys() == stored.keys()
-            if data[8:] == content[8:]:
-                assert all(torch.equal(p, sound[n]) for n, p in model.state_dict().items())
+        """As every rank does with what rank 0 read."""
+        rt.from_rank_0 = lambda make: data  # type: ignore[method-assign]
+        try:
+            model = t.load_artifact(path, cfg, rt)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} "), error
+            raise
+        assert not t.config_problems(model.cfg)
+        if data[8:] == content[8:]:
+            assert all(torch.equal(p, t.dequantize(*sound[name])) for name, p in model.named_parameters())
 
-    cases = ((name, partial(load, data)) for name, data in artifact_cases(content))
+    load(content)  # also loads what PyTorch loads once, for seconds
+    cases = ((name, partial(load, data)) for name, data in artifact_cases(content, shapes))
     counts = check(cases, 2000)
-    assert counts["refused"] > 1500 and counts["read"] > 0, counts
-
-
-def test_bombs(artifact: tuple[t.Config, bytes], tmp_path: Path) -> None:
-    """Small files that unpack to the most that is allowed, or claim to: refused or read within time and memory."""
-    cfg, content = artifact
-    header = json.loads(payload_of(content)[4 : 4 + struct.unpack_from("<I", payload_of(content))[0]])
-    path, most = tmp_path / "bomb.ptz", t.MAX_PAYLOAD_BYTES
-
-    def file(shape: list[int], bits: int) -> bytes:
-        """One tensor of zeros."""
-        tensors = [{"name": "a", "shape": shape, "bits": bits}]
-        return with_header(header | {"tensors": tensors}, bytes(sum(t.stream_sizes(tuple(shape), bits).values())))
-
-    def load(data: bytes) -> None:
-        """Read and load."""
-        path.write_bytes(data)
-        found = t.read_artifact(path)[0]
-        t.load_artifact(path, t.with_model_fields(cfg, found["config"], str(path)), runtime(), "f" * 64)
-
-    side = 1 << 12
-    wide = most // side - 64
-    files = [file([100_000], 4), file([100_000], 8), file([side, wide], 8), file([side, 2 * wide], 4),
-             file([side, wide // 2], 16), framed(bytes(most + 1))]  # fmt: skip
-    before = peak_memory()
-    for i, data in enumerate(files):
-        assert len(data) < 4 << 20
-        begun = time.process_time()
-        with pytest.raises(ValueError, match=r"bomb\.ptz"):
-            load(data)
-        assert time.process_time() - begun < SECONDS, i
-    assert peak_memory() - before < 12 * most
+    assert counts["refused"] > 1300 and counts["read"] > 20, counts
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
 def test_shards(tmp_path: Path) -> None:
-    """2,200 mutated shards: refused, or every token that can be read is one of the file's, within the vocabulary."""
+    """2,000 mutated shards: refused, or every token that can be read is one of the file's, within the vocabulary."""
     rng, path = random.Random(1), tmp_path / "fineweb_train_000000.bin"
     t.write_shard(path, np.random.default_rng(0).integers(0, 300, 700))
     content = path.read_bytes()
 
     def mutations() -> Iterator[bytes]:
         """Files, headers alone, forged magic, version and counts, with sizes that fit them or not."""
-        for _ in range(1000):
+        for _ in range(900):
             yield mutated(content, rng)
-        for _ in range(600):
+        for _ in range(550):
             yield mutated(content[:1024], rng) + content[1024:]
-        for _ in range(600):
+        for _ in range(550):
             count = rng.choice((-1, 0, 1, 699, 700, 701, 1 << 30, -(1 << 31), (1 << 31) - 1, rng.randrange(1 << 31)))
-            magic, version = rng.choice((t.SHARD_MAGIC,) * 9 + (0,)), rng.choice((1,) * 9 + (2,))
+            magic, version = rng.choice((t.SHARD_MAGIC,) * 9 + (0,)), rng.choice((t.SHARD_VERSION,) * 9 + (2,))
             body = rng.randbytes(max(0, 2 * min(count, 2000) + rng.choice((0, 0, 1, -1, 2))))
             yield struct.pack("<iii", magic, version, count) + bytes(1012) + rng.choice((body, content[1024:], b""))
 
@@ -237,8 +217,8 @@ def test_shards(tmp_path: Path) -> None:
         """Open, check and read past the end, as a run does."""
         path.write_bytes(data)
         shards = t.TokenShards(str(tmp_path / "fineweb_train_*.bin"), 320)
-        shards.check(100)
-        tokens = shards.read(shards.total - 5, 10)
+        shards.check_ends(100)
+        tokens = shards.read(shards.total - 5, 10).numpy()
         assert len(tokens) == 10 and 0 <= tokens.min() <= tokens.max() < 320
         expected = np.frombuffer(data, "<u2", offset=1024).astype(np.int64)
         assert shards.total == len(expected) and np.array_equal(tokens, np.resize(np.roll(expected, 5), 10))
@@ -285,10 +265,7 @@ def test_checkpoints(weights: bytes, tmp_path: Path) -> None:
     def load(data: bytes, sound: bool) -> None:
         """Read a file; without a sound checksum nothing may be read."""
         path.write_bytes(data)
-        found = t.load_tensors(path)
-        assert sound and isinstance(found, dict)
-        for leaf in torch.utils._pytree.tree_leaves(found):
-            assert not isinstance(leaf, torch.Tensor) or leaf.nbytes < 1 << 20
+        assert isinstance(t.load_tensors(path, "weights"), dict) and sound
 
     def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         """Mutated with and without the checksum, and with mutated pickles."""
@@ -327,7 +304,7 @@ def test_code_is_not_run(tmp_path: Path, form: str) -> None:
     else:
         torch.save(state, buffer, _use_new_zipfile_serialization=form == "zip")
     path.write_bytes(signed(buffer.getvalue()))
-    with pytest.raises(ValueError, match=r"x\.weights holds no tensors of this script"):
+    with pytest.raises(ValueError, match=r"x\.weights is of another version of the script, or holds something else"):
         t.load_tensors(path)
     assert not created.exists()
     if form == "zip":  # the file is a real attack: without weights_only it works
@@ -335,18 +312,20 @@ def test_code_is_not_run(tmp_path: Path, form: str) -> None:
         assert created.exists()
 
 
-def test_forged_tensor_sizes(tmp_path: Path) -> None:
-    """A tensor that claims more than its storage, by stride 0 or in a packed archive, is refused before it is used."""
-    path, buffer = tmp_path / "x.weights", io.BytesIO()
-    t.save_tensors(path, {"weights": {"a": torch.zeros(1).expand(1 << 40)}})
-    with pytest.raises(ValueError, match=r"x\.weights holds no tensors"):
-        t.load_tensors(path)
-    torch.save({"weights": {"a": torch.zeros(1 << 25)}}, buffer)
-    packed = io.BytesIO()
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
-        for info in old.infolist():
-            new.writestr(info.filename, old.read(info))
-    assert len(packed.getvalue()) < 1 << 20
-    path.write_bytes(signed(packed.getvalue()))
-    with pytest.raises(ValueError, match=r"x\.weights holds no tensors"):
-        t.load_tensors(path)
+def test_other_content(tmp_path: Path) -> None:
+    """A sound checksum around something else: nothing, text, a tensor, a list, a state without what is needed."""
+    path = tmp_path / "x.weights"
+    for state in (torch.zeros(3), [1, 2], {}, {"config": {}}, None):
+        t.save_tensors(path, state)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"x\.weights is of another version of the script"):
+            t.load_tensors(path, "weights")
+    for content in (b"", b"x" * 100, b"PK\3\4"):
+        path.write_bytes(signed(content))
+        with pytest.raises(ValueError, match=r"x\.weights is of another version of the script"):
+            t.load_tensors(path, "weights")
+    for content in (b"", b"x" * 31, b"x" * 32, b"x" * 1000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.weights is truncated, damaged or not this script's"):
+            t.load_tensors(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.weights"):
+        t.load_tensors(tmp_path / "none.weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ import pytest
 import torch
 from processes import is_running
 from run_log import Run, RunFailed, error_line, numbers, recompiles, step_times
-from tools import ROOT, corpus
+from tools import ROOT, config, corpus, model_for, runtime
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
 
@@ -42,25 +45,19 @@ def no_orphans_for_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FILES = ["1-ceilings.txt", "2-default.txt", "3-again.txt", "4-pr314.txt", "5-profile.txt", "6-memory.txt", "table.md"]
 AFTER_TRAINING = (
-    "compile_warm_up_s ms_per_step ms_per_step_qat tflops share_of_ceiling peak_gb choice_s steps over_cap_s "
+    "compile_warm_up_s ms_per_step ms_per_step_qat tflops share_of_ceiling qat_switch_s choice_s steps over_cap_s "
     "artifact_bytes val_bpb quantization_gap eval_tokens_per_s_with_compiling "
     "eval_s_8gpu_with_compiling export_round_0_s"
 ).split()
 FIGURES = {
     "1": ["product_tflops", "copy_gb_per_s"],
-    "2": [*AFTER_TRAINING, "planned_gb", "calibration_s", "plan_s", "qat_switch_s"],
+    "2": [*AFTER_TRAINING, "calibration_s"],
     "3": "same_score killed_at_step resumed_at_step ended_at_step steps_trained_twice losses_apart smaller_limit "
     "smaller_bytes smaller_bpb_of_few_windows eval_tokens_per_s eval_s_8gpu".split(),
     "4": AFTER_TRAINING,
     "5": ["ms_per_step", "device_busy_share", "attention_pytorch_choice_ms", "attention_flash_ms"],
     "6": [],
 }
-
-
-def program(*words: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """tests/gpu.py with these options."""
-    command = [sys.executable, str(ROOT / "tests/gpu.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"LANG": "C"})
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -82,16 +79,18 @@ print(subprocess.Popen(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNU
 ADOPTER = """
 import sys
 from pathlib import Path
-import processes, test_gpu
+import gpu, processes
 processes.adopt_orphans()
-session = test_gpu.session_with_log(Path(sys.argv[1]), "--cpu")
-print(session.launch([sys.executable, "-c", test_gpu.PARENT], {}).lines[0])
+folder = sys.argv[1]
+session = gpu.Session(gpu.arguments(["--cpu", "--out", folder, "--work", folder]))
+session.log = gpu.StageLog(Path(folder, "stage.txt"), 60)
+print(session.launch([sys.executable, "-c", sys.argv[2]], {}).lines[0])
 """
 
 
 def test_process_that_outlives_its_parent(tmp_path: Path) -> None:
     """A rank whose launcher is gone is ended with the run."""
-    command = [sys.executable, "-c", ADOPTER, str(tmp_path)]
+    command = [sys.executable, "-c", ADOPTER, str(tmp_path), PARENT]
     done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not is_running(int(done.stdout.split()[-1]))
@@ -104,23 +103,36 @@ def session_with_log(tmp_path: Path, *words: str) -> gpu.Session:
     return session
 
 
-def test_all_stages_on_a_cpu(tmp_path: Path) -> None:
-    """The whole program but for compiling: every stage is ok, every file and figure is there, the table comes last."""
+def test_all_stages_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but compiling, in two calls side by side: every stage is ok, all files and figures are there, and the table
+    comes last."""
+    calls = {}
+    for stages in ("2-3", "1,4-6"):  # about as long
+        folders = ["--out", str(tmp_path / stages), "--work", str(tmp_path / f"work-{stages}")]
+        words = ["--cpu", "--no-compile", "--minutes", "9", "--train-seconds", "60", "--stages", stages, *folders]
+        if stages == "2-3":  # what stage 1 of an earlier call leaves
+            gpu.Session(gpu.arguments(words)).keep(product_tflops=1.0)
+        command = [sys.executable, str(ROOT / "tests/gpu.py"), *words]
+        env = os.environ | {"LANG": "C", "OMP_NUM_THREADS": "1"}
+        calls[stages] = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     out = tmp_path / "out"
-    limits = ["--minutes", 9, "--train-seconds", 60]
-    done = program("--cpu", "--no-compile", *limits, "--out", out, "--work", tmp_path / "work", timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for stages, call in calls.items():
+        printed, _ = call.communicate(timeout=600)
+        assert call.returncode == 0, printed[-6000:]
+        assert printed.endswith((tmp_path / stages / "table.md").read_text())
+        shutil.copytree(tmp_path / stages, out, dirs_exist_ok=True)
     assert sorted(path.name for path in out.iterdir()) == FILES
-    assert done.stdout.endswith((out / "table.md").read_text())
-    table = rows(done.stdout)
+    assert gpu.main(["--table", str(out)]) == 0
+    table = rows(capsys.readouterr().out)
     assert [table[number][1] for number in "123456"] == ["ok"] * 5 + ["skipped: needs CUDA"]
     for number, names in FIGURES.items():
         text = next(out.glob(f"{number}-*.txt")).read_text()
+        assert "\nmachine python:" in text and "\ncard none" in text, number
         assert set(names) <= set(re.findall(r"^figure (\w+):", text, re.M)), number
     again = (out / "3-again.txt").read_text()
     figures = dict(re.findall(r"^figure (\w+):(\S+)", again, re.M))
     assert figures["same_score"] == "1" and figures["losses_apart"] == "0"
-    assert int(figures["resumed_at_step"]) < int(figures["killed_at_step"]) < int(figures["ended_at_step"]) == 100
+    assert int(figures["resumed_at_step"]) < int(figures["killed_at_step"]) < int(figures["ended_at_step"]) == 60
     assert 0.8 * int(figures["smaller_limit"]) < int(figures["smaller_bytes"]) <= int(figures["smaller_limit"])
     profile = (out / "5-profile.txt").read_text()
     assert len(re.findall(r"^\[ *[\d.]+\] \| [\d.]+ \| [\d.]+% \|", profile, re.M)) == 15
@@ -145,12 +157,9 @@ def test_plan(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(limits) < 10 * 60
 
 
-def test_limits_that_the_texts_name() -> None:
-    """README has those of all stages, the docstring has the seconds of training."""
-    first, second = list(gpu.STAGES[:3]), list(gpu.STAGES[3:])
-    seconds = [round(limit) for limit in gpu.limits(first, 5, cpu=False) + gpu.limits(second, 4, cpu=False)]
-    readme = (ROOT / "README.md").read_text()
-    assert f"{', '.join(map(str, seconds[:-1]))} and {seconds[-1]} s" in readme
+def test_docstring_names_the_seconds_of_training() -> None:
+    """Those of a call with stages 1 to 3 and five minutes."""
+    first = list(gpu.STAGES[:3])
     trained = gpu.training_seconds(first, gpu.limits(first, 5, cpu=False), cpu=False)
     assert gpu.__doc__ is not None and f"stage 2\n   trains for {trained:.0f} s" in gpu.__doc__
 
@@ -226,9 +235,9 @@ def test_stage_that_fails_or_sleeps_costs_its_own_line(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu, "STAGES", stages)
     monkeypatch.setattr(gpu, "machine_lines", lambda session: ["machine none"])
     begun = time.monotonic()
-    words = ["--cpu", "--minutes", "0.4", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    words = ["--cpu", "--minutes", "0.15", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert gpu.main(words) == 1
-    assert time.monotonic() - begun < 24 + 10
+    assert time.monotonic() - begun < 9 + 10
     table = rows((tmp_path / "out/table.md").read_text())
     assert [table[n][1] for n in "123"] == ["over time"] * 3
     assert table["4"][1].startswith("failed: exit code 2: ") and "missing.py" in table["4"][1]
@@ -273,18 +282,27 @@ def test_stage_4_trains_as_long_as_stage_2_of_an_earlier_call(tmp_path: Path, mo
     assert trained[0] > gpu.training_seconds([stages[1]], [2 * 60], cpu=False)
 
 
+WITHOUT_PYTORCH = """
+import sys
+import gpu
+gpu.machine_lines = lambda session: ["machine none"]
+sys.exit(gpu.main())
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_cut_off(number: signal.Signals, tmp_path: Path) -> None:
     """Ended by a signal in mid-stage: the runs end, too, what was printed is on disk, and the table says so."""
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tests/gpu.py"), "--cpu", "--stages", "4", "--out", str(out)]
+    command = [sys.executable, "-c", WITHOUT_PYTORCH, "--cpu", "--stages", "4", "--out", str(out)]
     command += ["--work", str(tmp_path / "work"), "--script", str(sleeping_script(tmp_path))]
     command += ["--data", str(corpus()), "--tokenizer", str(corpus() / "tokenizer.model")]
 
     def takes_signals() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
 
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=takes_signals) as process:
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=ROOT / "tests", stdout=silent, preexec_fn=takes_signals) as process:
         path = out / "4-pr314.txt"
         found: list[tuple[str, str]] = []
         until = time.monotonic() + 60
@@ -297,18 +315,25 @@ def test_cut_off(number: signal.Signals, tmp_path: Path) -> None:
     assert rows((out / "table.md").read_text())["4"][1] == "cut off"
 
 
-def test_needs_a_gpu_or_cpu_option(tmp_path: Path) -> None:
+def without_card(tmp_path: Path) -> Path:
+    """A probe that starts no PyTorch."""
+    path = tmp_path / "probe.py"
+    path.write_text("print('machine python:3')\nprint('card none, cpus:2')")
+    return path
+
+
+def test_needs_a_gpu_or_cpu_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine without CUDA the message names the option that helps."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    done = program("--stages", "1", "--out", tmp_path / "out", "--work", tmp_path / "work")
-    assert done.returncode == 1 and "--cpu" in done.stderr
+    monkeypatch.setattr(gpu, "PROBE", without_card(tmp_path))
+    with pytest.raises(SystemExit, match="--cpu"):
+        gpu.main(["--stages", "1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
 
 
 def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It is named, with where the remedy stands; stages that do without it still run."""
+    monkeypatch.setattr(gpu, "PROBE", without_card(tmp_path))
     monkeypatch.setattr(gpu, "PACKAGES", ("torch", "no_such_package"))
-    assert gpu.machine_lines(gpu.Session(options(tmp_path, "--cpu")))[0].startswith("machine python:")
+    assert gpu.machine_lines(gpu.Session(options(tmp_path, "--cpu"))) == ["machine python:3", "card none, cpus:2"]
     assert "missing packages: no_such_package." in capsys.readouterr().out
 
 
@@ -334,19 +359,22 @@ def test_recompiles_are_those_of_training_steps() -> None:
     assert recompiles([warm, first, *RECOMPILED.splitlines(), last]) == 1
 
 
-def test_recompiles_as_this_pytorch_reports_them(tmp_path: Path) -> None:
-    """What TORCH_LOGS=recompiles prints today is what is counted."""
-    code = """
-import torch
-double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
-double(torch.ones(3))
-print("warm_up", flush=True)
-double(torch.ones(4))
-print("step:1/1 train_loss:1", flush=True)
-"""
-    run = session_with_log(tmp_path, "--cpu").launch([sys.executable, "-c", code], {})
-    assert run.code == 0
-    assert recompiles(run.lines) == 1
+def test_recompiles_as_this_pytorch_reports_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the variable that a session sets has it print is what is counted."""
+    double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+    monkeypatch.setenv("TORCH_LOGS", gpu.Session(options(tmp_path, "--cpu")).environment["TORCH_LOGS"])
+    torch._logging._init_logs()
+    try:
+        double(torch.ones(3))
+        print("warm_up", file=sys.stderr)
+        double(torch.ones(4))
+        print("step:1/1 train_loss:1", file=sys.stderr)
+    finally:
+        monkeypatch.delenv("TORCH_LOGS")
+        torch._logging._init_logs()
+    assert recompiles(capfd.readouterr().err.splitlines()) == 1
 
 
 def steps(*clock: tuple[int, float]) -> list[str]:
@@ -357,25 +385,30 @@ def steps(*clock: tuple[int, float]) -> list[str]:
 
 
 def test_step_times() -> None:
-    """Medians without the first steps; the switch to fake quantization apart from the step that it stands in."""
+    """Medians without the first steps, and without the interval with the switch to fake quantization."""
     before = steps((1, 5000), (5, 5400), (10, 5900), (20, 6900), (30, 9900), (40, 10900))
     after = steps((50, 14400), (60, 15600), (70, 16800))
-    assert step_times([*before, "qat active:1 step:45", *after]) == (100, 120, 2.5)
-    assert step_times(before) == (100, None, None)
-    assert step_times(["qat active:1 step:0 bits:mlp4", *before]) == (None, 100, None)
-    assert step_times([]) == (None, None, None)
+    assert step_times([*before, "qat active:1 step:45 time:2500ms", *after]) == (100, 120)
+    assert step_times(before) == (100, None)
+    assert step_times(["qat active:1 step:0 time:9ms", *before]) == (None, 100)
+    assert step_times([]) == (None, None)
 
 
-def test_flops_are_those_of_the_script() -> None:
-    """At full size to 0.5%: the script counts the projection of bigrams, too."""
-    cfg = t.load_config({})[0]
-    with torch.device("meta"):
-        model = t.GPT(cfg, {}, torch.float32)
+def test_flops_are_those_that_pytorch_counts() -> None:
+    """But for two things: the projection of bigrams, and the half of attention that is masked, which it computes."""
+    cfg = config()
+    model = model_for(cfg)
     counts: Counter[str] = Counter()
     for name, p in model.named_parameters():
         counts[t.category(name)] += p.numel()
     run = Run([f"model params:1 attn:{counts['attn']} mlp:{counts['mlp']} embed:{counts['embed']}"])
-    assert gpu.step_tflop(run, vars(cfg)) == pytest.approx(t.step_flops(model, cfg) / 1e12, rel=0.005)
+    ids = torch.zeros(cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, ids).mean().backward()
+    tflop = gpu.step_tflop(run, vars(cfg))
+    masked = cfg.num_layers * cfg.model_dim * cfg.train_seq_len
+    left_out = 6 * cfg.train_batch_tokens * (model.bigram.out_proj.weight.numel() + masked)
+    assert tflop is not None and 1e12 * tflop + left_out == pytest.approx(counter.get_total_flops())
 
 
 TORCHRUN = """\
@@ -464,6 +497,47 @@ def figures_of(tmp_path: Path) -> dict[str, str]:
 
 
 SCORED = "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"
+TRAINED = """\
+warm_up steps:20 time:21500ms step_time:90ms peak_memory_bytes:30000000000
+step:5/400 train_loss:6.0 lr_scale:1.0000 grad_norm:1.0 train_time:450ms step_avg:90.00ms
+step:10/400 train_loss:5.9 lr_scale:1.0000 grad_norm:1.0 train_time:900ms step_avg:90.00ms
+calibration step:15 time:1250ms
+qat active:1 step:15 time:1750ms
+step:20/400 train_loss:5.5 lr_scale:0.5000 grad_norm:1.0 train_time:3600ms step_avg:180.00ms
+step:30/400 train_loss:5.4 lr_scale:0.5000 grad_norm:1.0 train_time:4600ms step_avg:153.33ms
+export weights:swa snapshots:3 last_loss:5.40000 swa_loss:5.30000 time:2250ms
+training stopped:wallclock_cap step:30 train_time:44500ms peak_memory_bytes:31000000000
+artifact round:0 model_bytes:16400000 plan_time:3000ms zstd_time:9000ms
+artifact round:1 model_bytes:15900000 plan_time:500ms zstd_time:8000ms
+artifact path:logs/x.ptz codec:zstd-22 model_bytes:15900000 code_bytes:90000 artifact_bytes:15990000 limit:16000000"""
+
+
+def test_figures_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are seconds, but for those of a step; memory is in GB."""
+    planned = Run([f"{TRAINED.splitlines()[0].replace('21500', '61500')}", "plan: the run can start"], 0)
+    session, asked = on_gpu(tmp_path, monkeypatch, planned, Run([*TRAINED.splitlines(), SCORED], 0))
+    session.data_path = "/data"
+    gpu.default(session)
+    assert [settings.get("DRY_RUN") for settings in asked] == [1, None]
+    expected = {
+        "first_compile_warm_up_s": 61.5,
+        "dry_run_peak_gb": 30,
+        "compile_warm_up_s": 21.5,
+        "ms_per_step": 90,
+        "ms_per_step_qat": 100,
+        "peak_gb": 31,
+        "calibration_s": 1.25,
+        "qat_switch_s": 1.75,
+        "choice_s": 2.25,
+        "export_round_0_s": 12,
+        "export_round_1_s": 8.5,
+        "steps": 30,
+        "over_cap_s": 0.5,
+        "artifact_bytes": 15_990_000,
+        "val_bpb": 1.5,
+    }
+    figures = figures_of(tmp_path)
+    assert {name: float(figures[name]) for name in expected} == expected
 
 
 def test_compiling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,12 +621,23 @@ def evaluated(targets: int, seconds: float) -> Run:
 
 
 def test_another_score_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stored model must score what the run said, to the last digit; its speed is without what all runs share."""
-    session, _ = on_gpu(tmp_path, monkeypatch, evaluated(620_000, 30), evaluated(20_000, 24))
+    """The stored model must score what the run said, to the last digit."""
+    session, _ = on_gpu(tmp_path, monkeypatch, evaluated(620_000, 30))
     gpu.evaluate_again(session, {"run_id": "x", "val_bpb": "1.50000000"})
+    assert session.log.problems == ["EVAL_ARTIFACT scores 1.50000001, the run itself had 1.50000000"]
+
+
+def test_speed_of_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of two fresh processes with more and fewer windows, without what both spend on starting and compiling."""
+    session, asked = on_gpu(tmp_path, monkeypatch, evaluated(620_000, 30), evaluated(20_000, 24))
+    monkeypatch.setattr(gpu, "kill_and_resume", lambda session: ("killed", Run()))
+    session.keep(default={"run_id": "x", "val_bpb": "1.50000001"})
+    session.run_file("x", "ptz").write_bytes(bytes(1000))
+    gpu.again(session)
     figures = figures_of(tmp_path)
     assert (figures["eval_tokens_per_s"], figures["eval_s_8gpu"]) == ("1e+05", "77.5")
-    assert session.log.problems == ["EVAL_ARTIFACT scores 1.50000001, the run itself had 1.50000000"]
+    assert figures["smaller_limit"] == str(session.script.stat().st_size + 850) == str(asked[1]["ARTIFACT_LIMIT_BYTES"])
+    assert not session.log.problems
 
 
 def probed(setting: str, milliseconds: int) -> Run:
@@ -589,17 +674,38 @@ def test_pytorch_without_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(asked) == 1
 
 
-OUT_OF_MEMORY = ["batch micro_batch_tokens:98304", "error: CUDA out of memory. Tried to allocate 2 GiB"]
+BATCH = "batch tokens:98304 ranks:1 micro_batch_tokens:98304 micro_steps:1"
+ADVICE = "error: 98304 tokens do not fit the GPU: set MICRO_BATCH_TOKENS=32768"
+OUT_OF_MEMORY = [BATCH, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"]
 
 
 def test_less_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the value that the message names."""
-    ended = Run(["batch tokens:98304 micro_batch_tokens:32768"], 0)
-    advice = Run([*OUT_OF_MEMORY, "error: set MICRO_BATCH_TOKENS=32768"], 2)
-    session, asked = on_gpu(tmp_path, monkeypatch, advice, ended)
+    stopped = "training stopped:iterations step:6 train_time:9ms peak_memory_bytes:19500000000"
+    ended = Run([BATCH.replace("micro_batch_tokens:98304", "micro_batch_tokens:32768"), stopped], 0)
+    session, asked = on_gpu(tmp_path, monkeypatch, Run([BATCH, ADVICE], 2), ended)
     gpu.memory(session)
     assert [settings.get("MICRO_BATCH_TOKENS") for settings in asked] == [None, 32768]
-    assert figures_of(tmp_path)["micro_batch_tokens"] == "32768"
+    figures = figures_of(tmp_path)
+    assert (figures["out_of_memory_with"], figures["micro_batch_tokens"]) == ("98304", "32768")
+    assert figures["peak_gb"] == "19.5"
+    assert not session.log.problems
+
+
+def test_less_memory_as_the_script_advises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the script says of memory that its warm-up fills is what the stage reads."""
+    cfg, rt = config(warmup_steps=1), runtime()
+    trainer = t.Trainer(model_for(cfg), t.Data(cfg, rt), cfg, rt)
+
+    def fills_memory(lr_scale: float) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "train_step", fills_memory)
+    with pytest.raises(ValueError) as error:
+        trainer.warm_up()
+    session, asked = on_gpu(tmp_path, monkeypatch, Run([BATCH, f"error: {error.value}"], 2), Run([BATCH], 0))
+    gpu.memory(session)
+    assert asked[1]["MICRO_BATCH_TOKENS"] == cfg.train_batch_tokens // 2
     assert not session.log.problems
 
 

@@ -1,4 +1,4 @@
-"""Quantization: training and export share one grid, bit for bit."""
+"""Quantization: training and export share one grid, bit for bit; one step size fills the budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tools import config, model_for, plan_for, t
+from tools import config, mlp_grids, model_for, plan_for, t
 
 
 def weights() -> torch.Tensor:
@@ -22,215 +22,274 @@ def weights() -> torch.Tensor:
     return w
 
 
-@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_fake_quantization_is_export_and_load(bits: int, compiled: bool) -> None:
-    """Same bits (also of the sign of zero), eager and compiled."""
-    w, spec = weights(), t.QuantSpec(bits)
-    exported = t.dequantize_per_row(*t.quantize_per_row(w, spec))
-    fake = torch.compile(t.fake_quantize_per_row, fullgraph=True) if compiled else t.fake_quantize_per_row
-    trained = fake(w, t.row_scale(w, spec), spec)
-    assert torch.equal(trained.view(torch.int32), exported.view(torch.int32))
-
-
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
-def test_grid(bits: int) -> None:
-    """Codes stay in range, scales are fp16, the error is at most half a step of ordinary rows, zeros stay zeros."""
-    w, spec = weights(), t.QuantSpec(bits)
-    codes, scale = t.quantize_per_row(w, spec)
-    assert codes.dtype == torch.int8 and scale.dtype == torch.float16
-    assert codes.min() >= spec.qmin and codes.max() <= spec.qmax == 2 ** (bits - 1) - 1
-    error = (t.dequantize_per_row(codes, scale) - w).abs()[20:]
-    assert (error <= 0.502 * scale[20:, None].float() + w.abs()[20:] * 1e-3).all()
-    assert not t.dequantize_per_row(codes, scale)[3].any()
-
-
-@pytest.mark.parametrize("step", [0.02, 0.3, 1.5])
-def test_scales_of_a_planned_grid(step: float) -> None:
-    """At most 8 values per octave, up to 1/8 over what the search found, and never so small that a weight is cut."""
-    weight, cost = spread_rows(200, 64)
-    factors = t.search_rows(weight, cost)
-    spec = t.QuantSpec(8, step, factors)
-    scale = t.row_scale(weight, spec)
-    mantissa = torch.frexp(scale)[0]
-    assert torch.equal(16 * mantissa, (16 * mantissa).round()) and torch.equal(scale, scale.half().float())
-    wanted = torch.maximum(step * weight.square().mean().sqrt() * factors, weight.abs().amax(1) / 127)
-    assert (scale >= wanted * 0.999999).all() and (scale <= wanted * 1.126).all()
-    error = (t.fake_quantize_per_row(weight, scale, spec) - weight).abs()
-    assert (error <= scale.unsqueeze(1) / 2 + 1e-6).all()
-
-
-def spread_rows(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def spread_rows(rows: int, columns: int, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (R, C) of different sizes and what errors in them cost (R,)."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * torch.exp(torch.randn(rows, 1, generator=generator))
     return weight, torch.rand(rows, generator=generator) ** 4 + 0.01
 
 
-def test_search_of_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No row would do better with another of the 17 factors, given the code table that comes out and the price at equal
-    steps: counted row by row from the definition. More rounds change nothing. An error is expected to be a uniform
-    one's, or all of a weight that is smaller.
-    Units of weights and costs do not matter."""
-    weight, cost = spread_rows(12, 40)
-    factors = t.search_rows(weight, cost)
-    assert factors.dtype == torch.float32 and len(factors.unique()) > 3
-
-    def tried(row: int, factor: float) -> tuple[list[int], float]:
-        step = t.SEARCH_STEP * weight.square().mean().sqrt().item() * factor
-        exponent = math.floor(math.log2(step)) - 3
-        scale = max(math.ceil(step / 2**exponent) * 2**exponent, 0.0)
-        scale = max(scale, -(-weight[row].abs().max().item() / 127 // 2**exponent) * 2**exponent)
-        codes = [round(x / scale) for x in weight[row].tolist()]
-        error = sum(min(x * x, scale * scale / 12) for x in weight[row].tolist())
-        return codes, error * cost[row].item()
-
-    chosen = [tried(row, factor) for row, factor in enumerate(factors.tolist())]
-    counts = Counter(code for codes, _ in chosen for code in codes)
-    total = 480 + 256 * 0.02
-    price = 2 * math.log(2) * sum(tried(row, 1.0)[1] for row in range(12)) / 480
-    for row, own in enumerate(factors.tolist()):
-        value = {}
-        for factor in (2 ** (power / 4) for power in range(-8, 9)):
-            codes, error = tried(row, factor)
-            value[factor] = error + price * sum(math.log2(total / (counts[code] + 0.02)) for code in codes)
-        assert min(value.values()) == pytest.approx(value[min(value, key=lambda f: abs(f - own))], rel=1e-3)
-    monkeypatch.setattr(t, "SEARCH_ROUNDS", 4 * t.SEARCH_ROUNDS)
-    assert torch.equal(t.search_rows(weight, cost), factors)
-    for other in (t.search_rows(4 * weight, cost), t.search_rows(weight, 8 * cost)):
-        assert torch.equal(other, factors)
+SHAPES = {
+    "blocks.0.mlp.up_proj.weight": (300, 64, 1.0, 1.0),
+    "blocks.0.attn.q_proj.weight": (100, 64, 0.2, 40.0),
+    "bigram.embed.weight": (150, 24, 5.0, 0.001),
+    "embed.weight": (120, 64, 0.02, 3.0),
+}
 
 
-def test_search_spends_bytes_where_errors_cost() -> None:
-    """At the same bytes the searched scales have less weighed error than equal steps, and dear rows smaller steps."""
-    weight, cost = spread_rows(400, 64)
-    factors = t.search_rows(weight, cost)
-    curves = []
-    for rows in (factors, None):
-        curve = []
-        for step in t.STEPS:
-            codes, scale = t.quantize_per_row(weight, t.QuantSpec(8, step, rows))
-            error = (t.dequantize_per_row(codes, scale) - weight).square().sum(dim=1) @ cost
-            curve.append((t.order0_bytes(codes), math.log(error)))
-        curves.append(np.array(curve).T)
-    sizes = np.linspace(6000, 14000, 5)
-    searched, equal = (np.interp(sizes, *curve) for curve in curves)
-    assert (searched < equal - 0.5).all(), (searched, equal)
-    assert factors[cost > 0.5].log2().mean() < factors[cost < 0.05].log2().mean() - 1
+def small_model() -> tuple[t.Weights, t.Weights]:
+    """(weights, costs) of a matrix of each kind, with different sizes and costs; and gains, which stay fp16."""
+    state, costs = {}, {}
+    for seed, (name, (rows, columns, size, dear)) in enumerate(SHAPES.items()):
+        weight, cost = spread_rows(rows, columns, seed)
+        state[name], costs[name] = size * weight, dear * cost
+    return state | {"blocks.0.mlp_scale": torch.ones(64)}, costs
 
 
-def test_search_beside_rows_of_zeros() -> None:
-    """Buckets that never occur have rows of zeros: what the others get does not run to the edge of the menu."""
-    weight, cost = spread_rows(400, 64)
-    for dead in (0, 100, 200, 300):
-        weight[:dead] = 0
-        live = t.search_rows(weight, cost)[dead:]
-        assert ((live > 0.26) & (live < 3.9)).float().mean() > 0.7 and live.log2().median().abs() < 1.2, dead
+def entropy_bytes(codes: torch.Tensor) -> float:
+    """Order-0 entropy of integer codes, by its definition."""
+    counts = Counter(codes.flatten().tolist())
+    return sum(-n * math.log2(n / codes.numel()) for n in counts.values()) / 8
 
 
-def test_plan_uses_the_search() -> None:
-    """The grids of the table have the factors of the search, errors weighed with LEAST_COST of the mean cost; training
-    on such a grid is exporting it, bit for bit."""
-    weight, cost = spread_rows(64, 48)
+def largest_error(weight: torch.Tensor, grid: t.Grid) -> float:
+    """The largest error of a weight, in steps of its row."""
+    codes, scale = grid.quantize(weight)
+    return float(((t.dequantize(codes, scale) - weight).abs() / scale.float().unsqueeze(1)).max())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("step", [None, 0.0007, 3.0])
+def test_fake_quantization_is_export_and_load(bits: int, step: float | None) -> None:
+    """Same bits (also of the sign of zero), on grids of fixed bits and on those with a step for each row."""
+    w = weights()
+    grid = t.Grid(bits, None if step is None else step * torch.linspace(0.5, 2, 40))
+    exported = t.dequantize(*grid.quantize(w))
+    assert torch.equal(grid.fake_quantize(w).view(torch.int32), exported.view(torch.int32))
+    loaded = t.dequantize(
+        *t.quantize({"a_proj.weight": w}, {"a_proj.weight": grid}, config(prune_frac=0))["a_proj.weight"]
+    )
+    assert torch.equal(grid.fake_quantize(w).view(torch.int32), loaded.view(torch.int32))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_grid_of_fixed_bits(bits: int) -> None:
+    """The largest weight of a row gets the largest code, scales are fp16, the error is at most half a step of ordinary
+    rows, zeros stay zeros."""
+    w, grid = weights(), t.Grid(bits)
+    codes, scale = grid.quantize(w)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float16
+    assert torch.equal(scale.float(), grid.scale(w))
+    largest = 2 ** (bits - 1) - 1
+    assert codes.min() >= -largest - 1 and codes.max() <= largest
+    assert (codes[20:].abs().amax(dim=1) == largest).all()
+    error = (t.dequantize(codes, scale) - w).abs()[20:]
+    assert (error <= 0.502 * scale[20:, None].float() + w.abs()[20:] * 1e-3).all()
+    assert not t.dequantize(codes, scale)[3].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("step", [0.002, 0.3, 1.5])
+def test_scales_of_a_planned_grid(bits: int, step: float) -> None:
+    """At most 8 values per octave, up to 1/8 over what the plan says, and never so small that a weight is cut."""
+    weight, cost = spread_rows(200, 64)
+    grid = t.Grid(bits, step * cost.rsqrt())
+    scale = grid.scale(weight)
+    mantissa = torch.frexp(scale)[0]
+    assert torch.equal(16 * mantissa, (16 * mantissa).round()) and torch.equal(scale, scale.half().float())
+    assert len(mantissa.unique()) <= 8
+    wanted = torch.maximum(step * cost.rsqrt(), weight.abs().amax(1) / (2 ** (bits - 1) - 1))
+    assert (scale >= wanted * 0.999999).all() and (scale <= wanted * 1.126).all()
+    assert largest_error(weight, grid) < 0.5001
+
+
+def test_grids_of_size() -> None:
+    """Steps are size / sqrt(cost), the cost with its matrix's mean added, in shares of the model's mean, with a least
+    one. Matrices that are kept stay."""
+    _, costs = small_model()
+    costs["bigram.embed.weight"][:] = 1e-12
+    kept = {"blocks.0.mlp.up_proj.weight": t.Grid(8, torch.full((300,), 0.25))}
+    plan = t.grids_of_size(0.5, costs, kept, config())
+    assert plan.keys() == costs.keys() and plan["blocks.0.mlp.up_proj.weight"] is kept["blocks.0.mlp.up_proj.weight"]
+    mean = sum(float(cost.double().mean()) for cost in costs.values()) / 4
+    for name in costs.keys() - kept.keys():
+        relative = [max((x + float(costs[name].mean())) / mean, t.LEAST_COST) for x in costs[name].tolist()]
+        assert plan[name].bits == 8 and plan[name].step is not None
+        torch.testing.assert_close(plan[name].step, 0.5 / torch.tensor(relative).sqrt(), rtol=1e-4, atol=0)
+        dear, cheap = costs[name].argmax(), costs[name].argmin()
+        assert plan[name].step[dear] <= plan[name].step[cheap]
+    torch.testing.assert_close(plan["bigram.embed.weight"].step, torch.full((150,), 0.5 / t.LEAST_COST**0.5))
+
+
+@pytest.mark.parametrize("bits_per_weight", [1.5, 3.0, 4.5, 6.0])
+def test_predicted_bytes_meet_the_budget(bits_per_weight: float) -> None:
+    """Counted by the definition of entropy, never over, and less than 1% under. Nothing is clipped."""
+    state, costs = small_model()
+    budget = bits_per_weight / 8 * sum(weight.numel() for weight in state.values())
+    plan = t.grids_for_bytes(state, costs, {}, config(), budget)
+    assert plan.keys() == costs.keys()
+    size = 2.0 * 64
+    for name in costs:
+        codes, scale = plan[name].quantize(state[name])
+        size += entropy_bytes(codes) + 2 * len(scale)
+        assert t.Stored(codes, scale).num_bytes() == pytest.approx(entropy_bytes(codes) + 2 * len(scale), rel=1e-6)
+        assert largest_error(state[name], plan[name]) < 0.5001
+    assert t.coded_bytes(state, plan) == pytest.approx(size, rel=1e-6)
+    assert 0.99 * budget < size <= budget
+
+
+def test_budgets_out_of_reach() -> None:
+    """Too much gives the finest grids, at which each row's largest weight has the largest code; too little gives the
+    coarsest."""
+    state, costs = small_model()
+    plan = t.grids_for_bytes(state, costs, {}, config(), 1e9)
+    assert all((grid.quantize(state[name])[0].abs().amax(dim=1) > 110).all() for name, grid in plan.items())
+    plan = t.grids_for_bytes(state, costs, {}, config(), 1.0)
+    assert all(not grid.quantize(state[name])[0].any() for name, grid in plan.items())
+
+
+def test_costly_rows_get_finer_steps() -> None:
+    """Within a matrix and between matrices, by the root of the cost. Units of the costs do not matter."""
+    state, costs = small_model()
+    costs["blocks.0.mlp.up_proj.weight"] = torch.cat((torch.full((150,), 1.0), torch.full((150,), 17.0)))
+    budget = 3 / 8 * sum(weight.numel() for weight in state.values())
+    plan = t.grids_for_bytes(state, costs, {}, config(), budget)
+    steps = plan["blocks.0.mlp.up_proj.weight"].step
+    assert steps is not None
+    torch.testing.assert_close((steps[:150] / steps[150:]).square(), torch.full((150,), 26 / 10))
+    for other in (1e-9, 1e6):
+        scaled = {name: other * cost for name, cost in costs.items()}
+        again = t.grids_for_bytes(state, scaled, {}, config(), budget)
+        for name, grid in plan.items():
+            torch.testing.assert_close(again[name].step, grid.step, rtol=1e-3, atol=0)
+
+
+def test_grids_that_are_kept_count() -> None:
+    """They stay as they are, and the others fill what they leave."""
+    state, costs = small_model()
+    name = "blocks.0.mlp.up_proj.weight"
+    budget = 4 / 8 * sum(weight.numel() for weight in state.values())
+    sizes = []
+    for step in (0.1, 2.0):
+        kept = {name: t.Grid(8, torch.full((300,), step))}
+        plan = t.grids_for_bytes(state, costs, kept, config(), budget)
+        assert plan[name] is kept[name] and 0.99 * budget < t.coded_bytes(state, plan) <= budget
+        sizes.append(t.coded_bytes(state, plan) - t.coded_bytes({name: state[name]}, plan))
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attn", "bigram"])
+def test_given_bits_cap_the_levels(kind: str) -> None:
+    """MLP_BITS, ATTN_BITS and BIGRAM_BITS: no more levels there, the other matrices are not capped, the budget is met,
+    and still nothing is clipped."""
+    state, costs = small_model()
+    budget = 4.5 / 8 * sum(weight.numel() for weight in state.values())
+    plan = t.grids_for_bytes(state, costs, {}, config(**{f"{kind}_bits": 4}), budget)
+    for name, grid in plan.items():
+        codes = grid.quantize(state[name])[0]
+        levels = int(codes.max()) - int(codes.min()) + 1
+        assert levels <= 16 if t.category(name) == kind else levels > 16
+        assert grid.bits == (4 if t.category(name) == kind else 8) and largest_error(state[name], grid) < 0.5001
+    assert 0.98 * budget < t.coded_bytes(state, plan) <= budget
+
+
+def test_one_size_spends_bytes_where_errors_cost() -> None:
+    """At the same bytes the plan has less weighed error than equal steps and than steps in units of each matrix."""
+    state, costs = small_model()
+    state.pop("blocks.0.mlp_scale")
+
+    def curve(steps: dict[str, torch.Tensor]) -> np.ndarray:
+        """(bytes, log error) at many sizes of the steps."""
+        points = []
+        for factor in 2.0 ** torch.arange(-6, 3, 0.5):
+            plan = {name: t.Grid(8, factor * step) for name, step in steps.items()}
+            errors = [(plan[n].fake_quantize(w) - w).square().sum(dim=1) @ costs[n] for n, w in state.items()]
+            points.append((t.coded_bytes(state, plan), math.log(sum(errors))))
+        return np.array(points[::-1]).T
+
+    planned = {name: grid.step for name, grid in t.grids_of_size(1.0, costs, {}, config()).items()}
+    equal = {name: torch.ones(len(weight)) for name, weight in state.items()}
+    relative = {name: weight.std().expand(len(weight)) for name, weight in state.items()}
+    sizes = np.linspace(2.5, 4.5, 5) / 8 * sum(weight.numel() for weight in state.values())
+    best, *others = (np.interp(sizes, *curve(steps)) for steps in (planned, equal, relative))
+    for other in others:
+        assert (best < other - 0.4).all(), (best, other)
+
+
+def test_odd_weights_and_costs() -> None:
+    """Rows of zeros, huge and tiny ones, no cost at all: finite steps, the budget is met."""
     name = "blocks.0.attn.q_proj.weight"
-    specs = [spec for _, _, spec in t.rate_table({name: weight}, {name: cost}, {})[name] if spec]
-    floored = cost + t.LEAST_COST * cost.mean()
-    expected = t.search_rows(weight, floored)
-    assert t.LEAST_COST > 0 and all(torch.equal(spec.rows, expected) for spec in specs) and len(expected.unique()) > 3
-    for points in t.rate_table({name: weight}, {name: cost}, {})[name][:-1]:
-        error = (t.dequantize_per_row(*t.quantize_per_row(weight, points[2])) - weight).square().sum(dim=1) @ floored
-        assert points[1] == pytest.approx(float(error), rel=1e-5)
-    layer = t.CastedLinear(48, 64, specs[12])
-    layer.weight.data.copy_(weight)
-    layer.refresh(True)
-    stored = t.quantize_state({name: weight}, {name: specs[12]}, config(), print, {})
-    assert torch.equal(layer.forward_weight.view(torch.int32), t.dequantize_state(stored)[name].view(torch.int32))
-
-
-def test_grids_of_an_older_version_are_refused() -> None:
-    """Files of before the search hold costs where the factors are now."""
-    with pytest.raises(ValueError, match="of an older version"):
-        t.QuantSpec(8, 0.2, torch.tensor([1e-8, 2e-7]))
-
-
-def test_search_of_odd_rows() -> None:
-    """Zeros, rows of zeros, huge and tiny ones, no cost at all: finite factors of the menu."""
     for weight, cost in ((weights(), torch.ones(40)), (weights(), torch.zeros(40)), (torch.zeros(3, 5), torch.ones(3))):
-        assert (t.search_rows(weight, cost).log2() * 4).abs().le(8).all()
+        plan = t.grids_for_bytes({name: weight}, {name: cost}, {}, config(), weight.numel() / 2)
+        assert plan[name].step.isfinite().all() and plan[name].fake_quantize(weight).isfinite().all()
+        assert t.coded_bytes({name: weight}, plan) <= weight.numel() / 2
 
 
 def test_straight_through() -> None:
     """The value is the quantized one, the gradient is the identity."""
-    layer = t.CastedLinear(5, 4, t.QuantSpec(4))
+    layer = t.CastedLinear(5, 4, fake_quant=True)
     torch.nn.init.normal_(layer.weight)
-    layer.refresh(True)
+    layer.rounded.copy_(t.Grid(4).fake_quantize(layer.weight.detach()))
     out = layer(torch.eye(5)).T
-    assert torch.equal(out, t.dequantize_per_row(*t.quantize_per_row(layer.weight.detach(), t.QuantSpec(4))))
+    assert torch.equal(out, t.dequantize(*t.Grid(4).quantize(layer.weight.detach())))
     out.backward(torch.arange(20.0).view(4, 5))
     assert torch.equal(layer.weight.grad, torch.arange(20.0).view(4, 5))
 
 
-def test_what_trains_is_what_is_exported() -> None:
-    """The MLP weights that the forward uses equal the ones that export stores (without pruning)."""
+@pytest.mark.parametrize("rate_control", [False, True])
+def test_what_trains_is_what_is_exported(rate_control: bool) -> None:
+    """The MLP weights that the forward uses equal the ones that export stores (without pruning), also after the plan
+    went through a file."""
     cfg = config(mlp_prune_frac=0, prune_frac=0)
-    model = model_for(cfg)
-    stored = t.quantize_state(dict(model.named_parameters()), plan_for(cfg), cfg, print, {})
-    loaded = t.dequantize_state(stored)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, t.CastedLinear) and m.spec]
+    model, plan = model_for(cfg), plan_for(cfg)
+    if rate_control:
+        costs = {name: torch.rand(len(p)) for name, p in model.named_parameters() if t.category(name) != "small"}
+        state = dict(model.state_dict())
+        plan = t.grids_for_bytes(state, costs, {}, cfg, sum(w.numel() for w in state.values()) / 2)
+    model.refresh({name: grid for name, grid in plan.items() if t.category(name) == "mlp"})
+    stored = t.quantize(model.state_dict(), {name: t.Grid(*tuple(grid)) for name, grid in plan.items()}, cfg)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, t.CastedLinear) and m.rounded is not None]
     assert len(layers) == 2 * cfg.num_layers
-    assert all(torch.equal(m.forward_weight, loaded[f"{n}.weight"]) for n, m in layers)
+    for name, layer in layers:
+        assert not torch.equal(layer.rounded, layer.weight)
+        loaded = t.dequantize(*stored[f"{name}.weight"])
+        assert torch.equal(layer.rounded.view(torch.int32), loaded.view(torch.int32))
 
 
-def test_categories_of_the_plan() -> None:
-    """int4 MLP, int5 attention and bigram, fp16 for the rest and the second-to-last block's key projection."""
+def test_categories_of_the_fixed_grids() -> None:
+    """4 bits for the MLP, 5 for attention and bigram, or as given; fp16 for the rest and the second-to-last block's
+    key projection."""
     plan = plan_for(config(num_layers=4))
     assert plan["blocks.0.mlp.up_proj.weight"].bits == 4 and plan["blocks.1.attn.q_proj.weight"].bits == 5
     assert plan["bigram.embed.weight"].bits == plan["bigram.out_proj.weight"].bits == 5
-    assert (
-        "blocks.2.attn.k_proj.weight" not in plan
-        and "blocks.3.attn.k_proj.weight" in plan
-        and "embed.weight" not in plan
-    )
-    assert t.quant_spec_for("blocks.0.attn.q_proj.weight", t.load_config({"RECIPE": "pr314"})[0]) == t.QuantSpec(6)
+    assert "blocks.2.attn.k_proj.weight" not in plan and "blocks.3.attn.k_proj.weight" in plan
+    assert "embed.weight" not in plan and all(grid.step is None for grid in plan.values())
+    assert len(plan) == 4 * 6 - 1 + 2
+    pr314 = t.load_config({"RECIPE": "pr314"})[0]
+    names = ["blocks.0.attn.q_proj.weight", "blocks.0.mlp.up_proj.weight", "bigram.embed.weight"]
+    assert t.fixed_grids(names, pr314) == dict(zip(names, (t.Grid(6), t.Grid(4), t.Grid(6)), strict=True))
+    assert {t.category(name) for name in mlp_grids(config())} == {"mlp"}
 
 
 def test_pruning() -> None:
-    """The smallest share becomes zero, everything else stays; the log counts changed codes."""
+    """The smallest share of an MLP matrix and of a large other one becomes zero, everything else stays."""
     w = torch.randn(300, 400)
-    pruned = t.prune_smallest(w, 0.05)
-    assert int((pruned == 0).sum()) == 6000 and torch.equal(pruned[pruned != 0], w[pruned != 0])
-    assert torch.equal(t.prune_smallest(w, 0.0), w)
-    lines: list[str] = []
-    cfg = config(mlp_prune_frac=0.5)
-    t.quantize_state(dict(model_for(cfg).named_parameters()), plan_for(cfg), cfg, lines.append, {})
-    assert any(line.startswith("prune category:mlp codes_changed:") for line in lines)
+    state = {"blocks.0.mlp.up_proj.weight": w, "blocks.0.attn.q_proj.weight": w, "blocks.0.mlp_scale": w[0]}
+    state |= {"bigram.out_proj.weight": w[:, :200]}  # 60,000 elements
+    stored = t.quantize(state, {}, config(mlp_prune_frac=0.05, prune_frac=0.1))
+    for name, count in zip(state, (6000, 12000, 0, 0), strict=True):
+        pruned, kept = stored[name].values, stored[name].values != 0
+        assert int((pruned == 0).sum()) == count and torch.equal(pruned[kept], state[name].half()[kept])
+        assert count == 0 or state[name][~kept].abs().max() < state[name][kept].abs().min()
+    stored = t.quantize(state, {}, config(mlp_prune_frac=0, prune_frac=0))
+    assert all(torch.equal(stored[name].values, weight.half()) for name, weight in state.items())
+    coded = t.quantize(state, {name: t.Grid(8) for name in state if "proj" in name}, config(mlp_prune_frac=0.5))
+    assert int((coded["blocks.0.mlp.up_proj.weight"].values == 0).sum()) >= 60000
 
 
-def test_non_finite_weight_is_not_exported() -> None:
-    """It is named."""
-    state = {"blocks.0.mlp.up_proj.weight": torch.full((2, 2), float("nan"))}
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
+def test_weight_that_is_not_finite_is_not_exported(value: float) -> None:
+    """Nor is one beyond fp16: it is named."""
+    state = {"blocks.0.mlp.up_proj.weight": torch.full((2, 2), value)}
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.up_proj\.weight is not finite"):
-        t.quantize_state(state, {}, config(), print, {})
-
-
-@pytest.mark.parametrize("columns", [12, 300])
-def test_error_feedback(columns: int) -> None:
-    """Blocked GPTQ equals its definition (one column at a time, the others re-solved), on the same grid, and lowers
-    the error of the outputs."""
-    torch.manual_seed(0)
-    spec, inputs = t.QuantSpec(4), torch.randn(4 * columns, columns) @ torch.randn(columns, columns)
-    w, hessian = torch.randn(20, columns), inputs.T @ inputs
-    scale = t.row_scale(w, spec)
-    codes = t.round_with_feedback(w, scale, spec, hessian)
-    h = hessian.double() + torch.eye(columns) * t.HESSIAN_DAMPING * hessian.double().diagonal().mean()
-    left, todo = hessian.diagonal().argsort(descending=True).tolist(), w.double().clone()
-    expected = torch.empty_like(codes)
-    while left:
-        at, *left = left
-        expected[:, at] = t.round_to_grid(todo[:, at : at + 1].float(), scale, spec)[:, 0]
-        error = todo[:, at] - expected[:, at] * scale
-        todo[:, left] += error[:, None] * torch.linalg.solve(h[left][:, left], h[left, at])
-    assert (codes != expected).float().mean() < 0.002  # a tie may fall either way in fp32
-    near = t.round_to_grid(w, scale, spec)
-    errors = [((t.dequantize_per_row(c, scale) - w) @ inputs.T).square().sum() for c in (codes, near)]
-    assert codes.min() >= spec.qmin and codes.max() <= spec.qmax and errors[0] < 0.7 * errors[1]
+        t.quantize(state, {}, config())

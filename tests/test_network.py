@@ -1,80 +1,115 @@
-"""Model, optimizers, averaging, and what torch.compile does with them."""
+"""Model, optimizers, averaging, calibration, and what torch.compile does with them."""
 
 from __future__ import annotations
 
-import sys
-import types
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tools import config, hidden, model_for, runtime, t
+from tools import config, hidden, mlp_grids, model_for, runtime, t
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def test_parameter_count_of_the_full_size_model() -> None:
+def tokens(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and target ids (rows, 32), the same every time."""
+    generator = torch.Generator().manual_seed(7)
+    return tuple(torch.randint(0, 320, (rows, 32), generator=generator) for _ in range(2))
+
+
+def trainer_for(rank: int = 0, world_size: int = 1, **changes: Any) -> t.Trainer:
+    """A trainer of a tiny model whose parts all matter, without fake quantization."""
+    cfg = config(**changes)
+    return t.Trainer(model_for(cfg, qat=False), t.Data(cfg, runtime()), cfg, runtime(rank, world_size))
+
+
+def attention_by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """What FlashAttention 3 computes: (B, T, H, D), grouped heads, causal."""
+    assert causal and q.dtype == k.dtype == v.dtype
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.size(-1) ** 0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize(("environ", "count"), [({"RECIPE": "pr314"}, 27_878_489), ({}, 27_878_509)])
+def test_parameter_count_of_the_full_size_model(environ: dict[str, str], count: int) -> None:
     """The literal design's, and the submitted run's: 20 weights of value mixes more."""
-    for recipe, count in (("pr314", 27_878_489), ("", 27_878_509)):
-        with torch.device("meta"):
-            model = t.GPT(t.load_config({"RECIPE": recipe})[0], {}, torch.bfloat16)
-        assert sum(p.numel() for p in model.parameters()) == count
+    with torch.device("meta"):
+        model = t.GPT(t.load_config(environ)[0], torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert f"{27_878_509:,} parameters" in str(t.__doc__)
 
 
 def test_causality() -> None:
-    """A changed token changes no earlier logit, and does change later ones."""
-    cfg = config()
-    model, ids = model_for(cfg), torch.randint(0, 320, (2, 32))
+    """A changed token changes no earlier loss, and does change later ones."""
+    model, (ids, targets) = model_for(config()), tokens()
     changed = ids.clone()
     changed[:, 20] = (ids[:, 20] + 1) % 320
-    a, b = (model.logits(hidden(model, x)) for x in (ids, changed))
-    assert torch.equal(a[:, :20], b[:, :20])
-    assert (a[:, 20:] != b[:, 20:]).any(dim=-1).all()
+    a, b = model(ids, targets), model(changed, targets)
+    assert a.shape == (2, 32) and torch.equal(a[:, :20], b[:, :20])
+    assert (a[:, 20:] != b[:, 20:]).all()
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_span_equals_the_full_forward(layers: int) -> None:
-    """The last block on the scored span alone gives the same losses."""
-    model = model_for(config(num_layers=layers))
-    ids, targets = torch.randint(0, 320, (2, 32)), torch.randint(0, 320, (2, 32))
-    full = model.nll(ids, targets)
-    for span in (1, 8, 31):
-        torch.testing.assert_close(model.nll(ids, targets[:, -span:]), full[:, -span:], atol=1e-5, rtol=1e-5)
+def test_losses_are_those_of_the_soft_capped_logits() -> None:
+    """-log softmax of 30 * tanh(h E^T / 30), in nats, for each position; shorter sequences have the same losses."""
+    model, (ids, targets) = model_for(config()), tokens()
+    with torch.no_grad():
+        model.embed.weight.mul_(20)  # so that the cap matters
+    logits = F.linear(hidden(model, ids), model.embed.weight).double()
+    assert logits.abs().max() > 30
+    expected = -torch.log_softmax(30 * torch.tanh(logits / 30), -1).gather(2, targets.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(model(ids, targets).double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(ids[:, :9], targets[:, :9]), model(ids, targets)[:, :9], atol=1e-4, rtol=1e-4)
 
 
-def test_every_part_matters() -> None:
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_every_part_matters(layers: int) -> None:
     """Each parameter has a gradient: U-Net skips, gates, bigram, gains."""
-    for tied in (True, False):
-        model = model_for(config(num_layers=5, tie_embeddings=tied))
-        model.loss(torch.randint(0, 320, (4, 32)), torch.randint(0, 320, (4, 32))).backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    model = model_for(config(num_layers=layers))
+    model(*tokens(4)).mean().backward()
+    for name, p in model.named_parameters():
+        assert p.numel() == 0 or (p.grad is not None and p.grad.abs().sum() > 0), name
 
 
-@pytest.mark.parametrize("span", [32, 8])
-def test_value_residual_and_exclusive_attention(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skips_pair_the_blocks_in_reverse() -> None:
+    """With 5 blocks the inputs of blocks 2 and 3 get the outputs of blocks 1 and 0, the last one gets none."""
+    model, (ids, _) = model_for(config(num_layers=5)), tokens()
+    inputs, outputs = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        block.register_forward_hook(lambda *a: outputs.append(a[2][0]))
+    model(ids, ids)
+    for i, partner in ((1, None), (2, 1), (3, 0), (4, None)):
+        skip = 0 if partner is None else model.skip_scale[i - 2] * outputs[partner]
+        torch.testing.assert_close(inputs[i], outputs[i - 1] + skip)
+
+
+def test_value_residual_and_exclusive_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks after the first attend to their own values times one weight plus the first block's times another; what
     XSA blocks hand on has no part along the position's own (mixed) value."""
     cfg, seen, raw, out = config(num_layers=4, xsa_layers=2), list[torch.Tensor](), list[torch.Tensor](), []
-    model, ids = model_for(cfg), torch.randint(0, 320, (2, 32))
-    attend, kv_heads, groups = t.attend, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
+    model, (ids, _) = model_for(cfg), tokens()
+    attend, kv_heads, groups = F.scaled_dot_product_attention, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
 
-    def note(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, kernel: str) -> torch.Tensor:
-        """Remember the values."""
-        seen.append(v)
-        return attend(q, k, v, window, kernel)
+    def note(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: bool) -> torch.Tensor:
+        """Remember the values, as (B, T, KV, head_dim)."""
+        seen.append(v.transpose(1, 2))
+        return attend(q, k, v, **options)
 
-    monkeypatch.setattr(t, "attend", note)
+    monkeypatch.setattr(t.F, "scaled_dot_product_attention", note)
     for i, block in enumerate(model.blocks):
         if i:
             block.attn.value_mix.data = torch.tensor([0.3 + i, 0.7 - i])
         block.attn.v_proj.register_forward_hook(lambda *a: raw.append(a[2].view(2, 32, kv_heads, -1)))
         block.attn.out_proj.register_forward_pre_hook(lambda _, args: out.append(args[0]))
-    hidden(model, ids, span)
+    model(ids, ids)
     assert torch.equal(seen[0], raw[0])
     for i in range(1, 4):
         torch.testing.assert_close(seen[i], (0.3 + i) * raw[i] + (0.7 - i) * raw[0])
     for i in range(4):
-        length = out[i].size(1)
-        heads = out[i].view(2, length, kv_heads, groups, -1)
-        along = (heads * F.normalize(seen[i][:, -length:], dim=-1).unsqueeze(3)).sum(-1).abs().max()
+        heads = out[i].view(2, 32, kv_heads, groups, -1)
+        along = (heads * F.normalize(seen[i], dim=-1).unsqueeze(3)).sum(-1).abs().max()
         assert (along < 1e-5) == (i >= 2), (i, along)
 
 
@@ -84,11 +119,10 @@ def test_value_residual_off_is_a_mix_of_nothing() -> None:
     state = plain.state_dict()
     names = mixed.state_dict().keys() - state.keys()
     assert names == {f"blocks.{i}.attn.value_mix" for i in (1, 2)}
-    mixed.load_state_dict(state | dict.fromkeys(names, torch.tensor([1.0, 0.0])))
-    for model in (plain, mixed):
-        model.refresh(False)
-    ids = torch.randint(0, 320, (2, 32))
-    assert torch.equal(plain.nll(ids, ids), mixed.nll(ids, ids))
+    mixed.load_weights(state | dict.fromkeys(names, torch.tensor([1.0, 0.0])), {})
+    plain.refresh({})
+    ids, targets = tokens()
+    assert torch.equal(plain(ids, targets), mixed(ids, targets))
 
 
 def test_bigram_buckets() -> None:
@@ -101,144 +135,170 @@ def test_bigram_buckets() -> None:
 
 def test_initial_weights() -> None:
     """Orthogonal layers, zero residual outputs, a zero bigram table with a projection that is not zero."""
-    cfg = config()
-    model = t.GPT(cfg, {}, torch.float32)
-    model.init_weights(cfg)
+    model = t.GPT(config(), torch.float32)
+    model.init_weights()
     block = model.blocks[0]
     q = block.attn.q_proj.weight
     torch.testing.assert_close(q @ q.T, torch.eye(32), atol=1e-5, rtol=0)
-    assert (
-        not block.attn.out_proj.weight.any()
-        and not block.mlp.down_proj.weight.any()
-        and not model.bigram.embed.weight.any()
-    )
+    assert not block.attn.out_proj.weight.any() and not block.mlp.down_proj.weight.any()
+    assert not model.bigram.embed.weight.any()
     torch.testing.assert_close(torch.linalg.matrix_norm(model.bigram.out_proj.weight, 2), torch.tensor(6**-0.5))
     assert block.attn.q_gain.tolist() == [1.5] * 4 and model.bigram.scale.item() == pytest.approx(0.05)
+    assert block.mix.tolist() == [[1.0] * 32, [0.0] * 32] and not model.smear_gate.any()
+    assert torch.equal(block.mlp.up_proj.rounded, block.mlp.up_proj.weight)
 
 
-def test_flash3_kernel_gets_the_layout_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in of FlashAttention 3 (B, T, H, D; grouped heads; bottom-right causal) the losses are the same."""
-
-    def flash_attn_func(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window_size: tuple[int, int]
-    ) -> torch.Tensor:
-        assert window_size == (-1, -1)
-        groups = q.size(2) // k.size(2)
-        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(k.size(2) - q.size(2))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if causal else None).transpose(1, 2)
-
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=flash_attn_func))
-    model, ids, targets = model_for(config()), torch.randint(0, 320, (2, 32)), torch.randint(0, 320, (2, 8))
-    losses = {}
-    for kernel in ("chunks", "sdpa", "flash3"):
-        for block in model.blocks:
-            block.attn.kernel = kernel
-        losses[kernel] = model.nll(ids, targets)
-    torch.testing.assert_close(losses["flash3"], losses["chunks"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(losses["sdpa"], losses["chunks"], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_kernels_agree(backend: SDPBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's kernels, and a stand-in of FlashAttention 3 in the layout that it needs: losses and gradients are
+    those of the definition."""
+    monkeypatch.setattr(t, "flash_attn_func", attention_by_definition)
+    cfg, (ids, targets) = config(), tokens()
+    losses, grads = [], []
+    for flash3 in (False, True):
+        model = t.GPT(cfg, torch.float32, flash3)
+        model.load_weights(model_for(cfg).state_dict(), {})
+        with sdpa_kernel(backend):
+            losses.append(model(ids, targets))
+            losses[-1].mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    for mine, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("span", "length", "window"), [(600, 600, 600), (64, 600, 600), (300, 600, 300), (5, 9, 4)])
-def test_attention_kernels_agree(span: int, length: int, window: int) -> None:
-    """Chunked products, PyTorch's kernel and the definition: outputs, gradients, groups, bands, short spans."""
-    q = torch.randn(2, span, 4, 8, requires_grad=True)
-    k, v = (torch.randn(2, length, 2, 8, requires_grad=True) for _ in range(2))
-    full_k, full_v = (x.repeat_interleave(2, dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, full_k) / 8**0.5
-    distance = torch.arange(length - span, length)[:, None] - torch.arange(length)[None]
-    scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
-    outs = [torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), full_v)]
-    outs += [t.attend(q, k, v, window, kernel) for kernel in ("chunks", "sdpa")]
-    weight = torch.randn_like(outs[0])
-    grads = [torch.autograd.grad((out * weight).sum(), (q, k, v), retain_graph=True) for out in outs]
-    for out, grad in zip(outs[1:], grads[1:], strict=True):
-        torch.testing.assert_close(out, outs[0], atol=1e-5, rtol=1e-4)
-        for mine, expected in zip(grad, grads[0], strict=True):
-            torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_compiled_training_and_evaluation_follow_qat_without_a_recompile() -> None:
-    """Full graphs of forward, backward and evaluation; switching QAT on changes their output, not their graph."""
-    cfg = config(num_layers=2)
-    model, ids, targets = model_for(cfg), torch.randint(0, 320, (2, 32)), torch.randint(0, 320, (2, 32))
-    loss = torch.compile(model.loss, fullgraph=True, dynamic=False)
-    nll = torch.compile(model.nll, fullgraph=True, dynamic=False)
-    model.refresh(False)
-    loss(ids, targets).backward()
-    with torch.no_grad():
-        nll(ids, targets[:, -8:])
-    grads = {}
-    for quantize in (False, True):
-        model.refresh(quantize)
+def test_compiled_training_follows_qat_without_a_recompile() -> None:
+    """Full graphs of forward and backward; switching QAT on changes their output, not their graph."""
+    cfg, (ids, targets) = config(num_layers=2), tokens()
+    model = model_for(cfg)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")  # Inductor would take a minute
+    model.refresh({})
+    compiled(ids, targets).mean().backward()
+    grads = []
+    for plan in ({}, mlp_grids(cfg)):
+        model.refresh(plan)
         model.zero_grad()
         with torch._dynamo.config.patch(error_on_recompile=True):
-            compiled = loss(ids, targets)
-            compiled.backward()
-            with torch.no_grad():
-                span = nll(ids, targets[:, -8:])
-        grads[quantize] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            loss = compiled(ids, targets)
+            loss.mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
-        eager = model.loss(ids, targets)
-        eager.backward()
-        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(span, model.nll(ids, targets[:, -8:]), atol=1e-5, rtol=1e-5)
-        for a, p in zip(grads[quantize], model.parameters(), strict=True):
+        eager = model(ids, targets)
+        eager.mean().backward()
+        torch.testing.assert_close(loss, eager, atol=1e-5, rtol=1e-5)
+        for a, p in zip(grads[-1], model.parameters(), strict=True):
             torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-4)
-    assert any(not torch.equal(a, b) for a, b in zip(grads[False], grads[True], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@torch.no_grad()
+def test_compiled_forward_under_qat_is_that_of_the_stored_weights() -> None:
+    """Bit for bit, by Inductor, which may drop a rounding that it sees."""
+    cfg, (ids, targets) = config(num_layers=1, mlp_prune_frac=0), tokens()
+    model = model_for(cfg, qat=False)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    with torch._inductor.config.patch(compile_threads=1):
+        off = compiled(ids, targets)
+    model.refresh(mlp_grids(cfg))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trained = compiled(ids, targets)
+        torch.testing.assert_close(trained, model(ids, targets), atol=1e-5, rtol=1e-5)
+        state = model.state_dict()
+        stored = t.quantize({name: state[name] for name in mlp_grids(cfg)}, mlp_grids(cfg), cfg)
+        model.load_weights(state | {name: t.dequantize(*tensor) for name, tensor in stored.items()}, {})
+        assert torch.equal(compiled(ids, targets), trained) and not torch.equal(trained, off)
 
 
 def test_refresh_changes_the_forward() -> None:
-    """Quantization on and off differ; off is the master weight."""
-    model, ids, targets = model_for(config()), torch.randint(0, 320, (2, 32)), torch.randint(0, 320, (2, 32))
-    on = model.nll(ids, targets)
-    model.refresh(False)
-    off = model.nll(ids, targets)
-    assert not torch.equal(on, off) and torch.equal(off, model_for(config(), qat=False).nll(ids, targets))
+    """Quantization on and off differ; off is the master weight; without an argument the grids stay as they are."""
+    cfg, (ids, targets) = config(), tokens()
+    model = model_for(cfg)
+    on = model(ids, targets)
+    model.refresh()
+    assert torch.equal(model(ids, targets), on)
+    model.refresh({})
+    off = model(ids, targets)
+    assert not torch.equal(on, off) and torch.equal(off, model_for(cfg, qat=False)(ids, targets))
+    model.refresh()
+    assert torch.equal(model(ids, targets), off)
+    model.load_weights(model.state_dict(), mlp_grids(cfg))
+    assert torch.equal(model(ids, targets), on)
 
 
 def test_bf16_forward_stays_close_and_in_bf16() -> None:
-    """The residual stream is bf16, the loss fp32."""
+    """The residual stream is bf16, the loss fp32, and the master weights and their gradients stay fp32."""
+    cfg, (ids, targets) = config(), tokens()
+    exact = model_for(cfg, qat=False)
+    model = t.GPT(cfg, torch.bfloat16)
+    model.load_weights(exact.state_dict(), {})
+    assert hidden(model, ids).dtype == torch.bfloat16
+    nll = model(ids, targets)
+    assert nll.dtype == torch.float32 and abs(nll.mean() - exact(ids, targets).mean()) < 0.02
+    nll.mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+def test_a_parameter_without_an_optimizer_is_found() -> None:
+    """It would never be trained."""
     cfg = config()
-    model, ids, targets = model_for(cfg, qat=False), torch.randint(0, 320, (2, 32)), torch.randint(0, 320, (2, 32))
-    exact = model.loss(ids, targets)
-    model.dtype = torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert hidden(model, ids).dtype == torch.bfloat16
-        loss = model.loss(ids, targets)
-    assert loss.dtype == torch.float32 and abs(loss - exact) < 0.02
-
-
-def test_ownership() -> None:
-    """A parameter that nobody optimizes, or two do, is an error that names it."""
-    a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
-    sgd = torch.optim.SGD([a], lr=1.0)
-    with pytest.raises(ValueError, match=r"exactly one optimizer.*'b': 0"):
-        t.check_ownership({"a": a, "b": b}, [sgd])
-    with pytest.raises(ValueError, match=r"'a': 2"):
-        t.check_ownership({"a": a}, [sgd, torch.optim.SGD([a], lr=1.0)])
-    t.check_ownership({"a": a}, [sgd])
+    model = model_for(cfg)
+    t.make_optimizers(model, cfg, runtime())
+    model.other_embed = torch.nn.Embedding(2, 3)
+    with pytest.raises(AssertionError, match="exactly one optimizer"):
+        t.make_optimizers(model, cfg, runtime())
 
 
 def test_optimizers_own_everything_once() -> None:
     """Matrices by Muon, embeddings and small ones by AdamW; gradients are views of one buffer and stay so."""
-    cfg = config(tie_embeddings=0)
-    model = model_for(cfg)
-    optimizers = t.Optimizers(model, cfg, runtime())
-    owned = {id(p) for p in optimizers.muon.param_groups[0]["params"]}
-    assert {n for n, p in model.named_parameters() if id(p) in owned} == {
-        n for n, _ in model.named_parameters() if n.endswith("_proj.weight")
+    trainer = trainer_for()
+    named = dict(trainer.model.named_parameters())
+    adamw, muon = trainer.optimizers
+    owned = {id(p) for p in muon.param_groups[0]["params"]}
+    assert {name for name, p in named.items() if id(p) in owned} == {n for n in named if n.endswith("_proj.weight")}
+    assert {id(p) for p in adamw.param_groups[0]["params"]} == {
+        id(named["embed.weight"]),
+        id(named["bigram.embed.weight"]),
     }
     for step in range(2):
-        model.loss(torch.randint(0, 320, (2, 32)), torch.randint(0, 320, (2, 32))).backward()
-        assert optimizers.grad.norm() > 0
-        before = [p.detach().clone() for p in model.parameters()]
-        loss, _, _, norm = optimizers.step(1.0, step).tolist()
-        assert norm > 0 and loss == 0.0 and not optimizers.flat.any()
-        assert all(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
-    total = sum(p.grad.numel() for p in model.parameters() if p.grad is not None)
-    first = next(model.parameters()).grad
-    assert total == optimizers.grad.numel() and first is not None and first.data_ptr() == optimizers.flat.data_ptr()
+        before = [p.detach().clone() for p in named.values()]
+        loss, norm = trainer.train_step(1.0)
+        trainer.step = step + 1
+        assert 5 < loss < 7 and norm > 0 and trainer.flat_grad.norm() > 0
+        assert all(not torch.equal(a, p) for a, p in zip(before, named.values(), strict=True))
+    position = trainer.flat_grad.data_ptr()
+    for p in named.values():
+        assert p.grad is not None and p.grad.shape == p.shape and p.grad.data_ptr() == position
+        position += 4 * p.numel()
+    assert trainer.flat_grad.numel() == sum(p.numel() for p in named.values())
+
+
+@pytest.mark.parametrize("grad_clip_norm", [0.01, 100.0, 0.0])
+def test_gradient_clipping(grad_clip_norm: float) -> None:
+    """The gradient that reaches the optimizers has the limit's norm, if its own is larger; 0 is no limit. The norm
+    before is returned."""
+    trainer = trainer_for(grad_clip_norm=grad_clip_norm)
+    seen: list[float] = []
+    trainer.optimizers[0].register_step_pre_hook(lambda *_: seen.append(float(trainer.flat_grad.norm())))
+    norm = trainer.train_step(1.0)[1]
+    assert norm > 0.1 and seen == [pytest.approx(min(grad_clip_norm or norm, norm), rel=1e-3)]
+
+
+def test_micro_batches_add_up() -> None:
+    """However the batch is cut and shared out over ranks, loss and gradient are those of the whole."""
+    found = []
+    for ranks, micro in ((1, 256), (1, 64), (2, 32)):
+        loss, grad = 0.0, torch.zeros(())
+        for rank in range(ranks):
+            trainer = trainer_for(rank, ranks, micro_batch_tokens=micro, grad_clip_norm=0)
+            grads: list[torch.Tensor] = []
+            hook = trainer.optimizers[0].register_step_pre_hook
+            hook(lambda *_, grads=grads, trainer=trainer: grads.append(trainer.flat_grad.clone()))
+            loss += trainer.train_step(1.0)[0]
+            grad = grad + grads[0]
+        found.append((loss, grad))
+    for loss, grad in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(grad, found[0][1], atol=1e-6, rtol=1e-4)
 
 
 def test_muon_stacks_equal_one_by_one() -> None:
@@ -247,48 +307,81 @@ def test_muon_stacks_equal_one_by_one() -> None:
     stack = torch.randn(5, 16, 48)
     batched = t.newton_schulz(stack, 5, torch.float32)
     for matrix, done in zip(stack, batched, strict=True):
-        torch.testing.assert_close(
-            t.newton_schulz(matrix.unsqueeze(0), 5, torch.float32)[0], done, atol=1e-5, rtol=1e-4
-        )
-        torch.testing.assert_close(
-            t.newton_schulz(matrix.T.unsqueeze(0), 5, torch.float32)[0], done.T, atol=1e-5, rtol=1e-4
-        )
+        alone = t.newton_schulz(matrix.unsqueeze(0), 5, torch.float32)[0]
+        turned = t.newton_schulz(matrix.T.unsqueeze(0), 5, torch.float32)[0]
+        torch.testing.assert_close(alone, done, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(turned, done.T, atol=1e-5, rtol=1e-4)
     singular = torch.linalg.svdvals(batched)
     assert singular.min() > 0.5 and singular.max() < 1.4
 
 
 @pytest.mark.parametrize("equal_rows", [False, True])
 def test_muon_update_formula(equal_rows: bool) -> None:
-    """Nesterov momentum, decay and scale as the design states them, against a plain computation."""
+    """Nesterov momentum, decay and scale as the design states them, against a plain computation over two steps."""
     cfg = config(weight_decay=0.1, matrix_lr=0.5, muon_eq=equal_rows)
     torch.manual_seed(0)
-    p, g = torch.nn.Parameter(torch.randn(48, 16)), torch.randn(48, 16)
-    start, p.grad = p.detach().clone(), g.clone()
+    p = torch.nn.Parameter(torch.randn(48, 16))
+    expected, momentum = p.detach().clone(), torch.zeros(48, 16)
     muon = t.Muon([p], cfg, runtime())
     muon.param_groups[0]["momentum"] = 0.9
-    muon.step()
-    nesterov = 1.9 * g
-    nesterov = nesterov / nesterov.norm(dim=1, keepdim=True) if equal_rows else nesterov
-    update = t.newton_schulz(nesterov.unsqueeze(0), 5, torch.float32)[0] * 3**0.5
-    torch.testing.assert_close(p.detach(), start * (1 - 0.5 * 0.1) - 0.5 * update, atol=1e-4, rtol=1e-4)
+    for _ in range(2):
+        g = torch.randn(48, 16)
+        p.grad = g.clone()
+        muon.step()
+        momentum = 0.9 * momentum + g
+        nesterov = g + 0.9 * momentum
+        nesterov = nesterov / nesterov.norm(dim=1, keepdim=True) if equal_rows else nesterov
+        update = t.newton_schulz(nesterov.unsqueeze(0), 5, torch.float32)[0] * 3**0.5
+        expected = expected * (1 - 0.5 * 0.1) - 0.5 * update
+        torch.testing.assert_close(p.detach(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gradient_clipping() -> None:
-    """The gradient that reaches the optimizers has the limit's norm at most."""
-    cfg = config(grad_clip_norm=0.3)
-    model = model_for(cfg)
-    optimizers = t.Optimizers(model, cfg, runtime())
-    seen: list[float] = []
-    optimizers.muon.register_step_pre_hook(lambda *_: seen.append(float(optimizers.grad.norm())))
-    optimizers.grad.normal_()
-    norm = optimizers.step(1.0, 0)[3]
-    assert norm > 10 and seen[0] == pytest.approx(0.3, rel=1e-3)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_matrices(world_size: int) -> None:
+    """Each orthogonalises its own ones; the sum of what they hand in is the update of one rank alone."""
+    cfg = config()
+    parts: list[torch.Tensor] = []
+    for rank, ranks in [(0, 1), *((rank, world_size) for rank in range(world_size))]:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(8, 6)) for _ in range(3)]
+        for p in params:
+            p.grad = torch.randn(8, 6)
+        rt = runtime(rank, ranks)
+        rt.all_reduce = lambda update: parts.append(update.clone())  # type: ignore
+        t.Muon(params, cfg, rt).step()
+    torch.testing.assert_close(sum(parts[1:]), parts[0])
+    worked = torch.stack([part.flatten(1).any(dim=1) for part in parts[1:]])
+    assert worked.sum(dim=0).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("step", "lr_scale", "expected"),
+    [
+        (0, 1.0, 0.9),
+        (5, 1.0, 0.94),
+        (10, 1.0, 0.98),
+        (500, 1.0, 0.98),
+        (500, 0.5, 0.89),
+        (500, 0.0, 0.8),
+        (0, 0.0, 0.8),
+    ],
+)
+def test_momentum_rises_and_falls(step: int, lr_scale: float, expected: float) -> None:
+    """Over the warm-up steps, then with the learning rate; the optimizer gets it."""
+    changes = {"muon_momentum_warmup_start": 0.9, "muon_momentum": 0.98, "muon_momentum_end": 0.8}
+    assert t.muon_momentum_at(step, lr_scale, config(**changes)) == pytest.approx(expected)
+    if lr_scale == 0.5:
+        trainer = trainer_for(**changes)
+        trainer.step = step
+        trainer.train_step(lr_scale)
+        assert trainer.optimizers[1].param_groups[0]["momentum"] == pytest.approx(expected)
+        assert trainer.optimizers[1].param_groups[0]["lr"] == pytest.approx(0.01)
+    assert t.muon_momentum_at(0, 1.0, config(muon_momentum_warmup_steps=0)) == 0.99
 
 
 def test_weight_average() -> None:
     """What a run averages: the fp32 mean of the snapshots of the master weights."""
-    cfg = config()
-    trainer = t.Trainer(model_for(cfg), t.open_data(cfg, runtime()), cfg, runtime())
+    trainer = trainer_for()
     snapshots = []
     for _ in range(3):
         trainer.swa.update_parameters(trainer.model)
@@ -296,34 +389,58 @@ def test_weight_average() -> None:
         with torch.no_grad():
             for p in trainer.model.parameters():
                 p.add_(torch.randn_like(p))
-    for name, mean in t.weights_of(trainer.swa.module).items():
+    averaged = dict(trainer.swa.module.named_parameters())
+    assert averaged.keys() == snapshots[0].keys()
+    for name, mean in averaged.items():
         assert mean.dtype == torch.float32
         torch.testing.assert_close(mean, torch.stack([s[name] for s in snapshots]).mean(0), atol=1e-6, rtol=1e-5)
 
 
-def test_calibration_tokens_are_spread_over_the_data() -> None:
-    """Sequences at equal distances from the first token to near the last; ranks share them without overlap."""
-    cfg = config(calibration_tokens=256)  # 8 sequences of 32
-    trainer = t.Trainer(model_for(cfg), t.open_data(cfg, runtime()), cfg, runtime())
-    apart = trainer.shards.total // 8
-    want = torch.stack([torch.from_numpy(trainer.shards.read(i * trainer.shards.total // 8, 33)) for i in range(8)])
-    assert apart > 33
-    for ranks in (1, 2):
-        parts = []
-        for rank in range(ranks):
-            trainer.rt = types.SimpleNamespace(rank=rank, world_size=ranks, device=torch.device("cpu"))  # type: ignore
-            parts += list(trainer.calibration_batches())
-        inputs, targets = (torch.cat(side) for side in zip(*parts, strict=True))
-        assert torch.equal(inputs, want[:, :-1]) and torch.equal(targets, want[:, 1:])
+@pytest.mark.parametrize("sequence_order", ["spread", "file"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_calibration_reads_what_spread_order_reaches_last(sequence_order: str, ranks: int) -> None:
+    """Whichever order training reads in. Ranks share the batches without overlap."""
+    trainers = [
+        trainer_for(rank, ranks, calibration_tokens=6500, sequence_order=sequence_order) for rank in range(ranks)
+    ]
+    data = trainers[0].data
+    assert data.num_windows > 250
+    parts = [trainer.calibration_batches for trainer in trainers]
+    assert all(tokens.shape[0] * 32 <= t.CALIBRATION_BATCH for part in parts for tokens in part)
+    got = torch.cat([tokens for part in parts for tokens in part])
+    numbers = range(data.num_windows - 6500 // 32, data.num_windows)
+    expected = [data.train.read(n * data.stride % data.num_windows * 32, 33).tolist() for n in numbers]
+    assert sorted(got.tolist()) == sorted(expected)
+    first = data.train_sequences(range(data.num_windows - len(expected)), spread=True).tolist()
+    assert not {tuple(sequence) for sequence in first} & {tuple(sequence) for sequence in expected}
+
+
+def test_calibration_costs() -> None:
+    """Mean squared gradients of each row of all matrices over the calibration batches, and nothing else changes."""
+    trainer = trainer_for(calibration_tokens=4096)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.calibrate()
+    matrices = {n: p for n, p in trainer.model.named_parameters() if t.category(n) != "small"}
+    assert trainer.costs.keys() == matrices.keys() and all(p.dim() == 2 for p in matrices.values())
+    expected = {name: torch.zeros(len(p)) for name, p in matrices.items()}
+    assert len(trainer.calibration_batches) == 2
+    for batch in trainer.calibration_batches:
+        loss = trainer.model(batch[:, :-1], batch[:, 1:]).mean()
+        for name, grad in zip(matrices, torch.autograd.grad(loss, list(matrices.values())), strict=True):
+            expected[name] += grad.square().mean(dim=1)
+    for name, cost in trainer.costs.items():
+        torch.testing.assert_close(cost, expected[name], atol=1e-12, rtol=1e-3)
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_training_step() -> None:
     """One compiled bf16 step on a GPU."""
     cfg = config(compute_dtype="bfloat16", model_dim=128)
-    model = model_for(cfg).cuda()
-    model.dtype = torch.bfloat16
+    model = t.GPT(cfg, torch.bfloat16)
+    model.load_weights(model_for(cfg).state_dict(), mlp_grids(cfg))
+    model.cuda()
     ids = torch.randint(0, 320, (8, 32), device="cuda")
-    loss = torch.compile(model.loss, fullgraph=True, dynamic=False)(ids, ids)
+    loss = torch.compile(model, fullgraph=True, dynamic=False)(ids, ids).mean()
     loss.backward()
     assert torch.isfinite(loss)

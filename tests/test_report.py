@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tools import ROOT, run, values
+from tools import ROOT, corpus, environment, t, values
 
 sys.path.insert(0, str(ROOT / "logs"))
 import report  # noqa: E402
 
+CATEGORIES = {"small", "embed", "bigram", "attn", "mlp"}
+
 BYTES_PER_TOKEN = 2.4  # of the made-up text: bpb = loss / ln 2 / 2.4
-H100 = "world_size:8 device:cuda name:NVIDIA H100 80GB HBM3 threads:8 compute_dtype:bfloat16 compile:1 attention:flash3"
+H100 = "world_size:8 device:cuda name:NVIDIA H100 80GB HBM3 compute_dtype:bfloat16 compile:1 flash3:1"
 
 
 def bpb(loss: float) -> float:
@@ -31,60 +33,80 @@ def own_log(seed: int, loss: float, **changes: Any) -> str:
     facts = {"total_bytes": 15_900_000, "train_ms": 599_000, "eval_ms": 71_000, "val_targets": 62_021_632} | changes
     total, train_ms, eval_ms, targets = (facts.pop(k) for k in ("total_bytes", "train_ms", "eval_ms", "val_targets"))
     config = {"data_path": "/data/fineweb10B_sp1024", "text_files": "", "demo": False, "run_id": f"r{seed}"}
-    config |= {"seed": seed, "train_batch_tokens": 1000, "matrix_lr": 0.02, "eval_artifact": ""}
+    config |= {"seed": seed, "train_batch_tokens": 1000, "matrix_lr": 0.02, "eval_artifact": "", "export_from": ""}
     config |= {"resume": False} | facts
     lines = ['"""A script."""', 'log(f"step:{step}/9 train_loss:1")', "step:7/9 train_loss:1 in a string", "=" * 100]
     lines += [
         f"run id:r{seed} python:3.12.3 torch:2.9.1 numpy:2.4.6",
         f"runtime {H100}",
         "config " + json.dumps(config),
-    ]
-    lines += [
-        "config overrides: none",
-        f"data path:{config['data_path']} val_shards:1 val_tokens:{targets + 1} val_targets:{targets}",
-        "data train_shards:80 train_tokens:8000000000",
+        f"config overrides: SEED={seed} DEMO={config['demo']}",
+        f"data path:{config['data_path']} val_tokens:{targets + 1} val_targets:{targets}",
+        "data train_shards:80 train_tokens:8000000000 windows:3906249",
         f"model params:10 seed:{seed} small:0 embed:5 mlp:5",
-        "batch tokens:1000 ranks:8 micro_batch_tokens:125 micro_steps:1 step_tflop_per_rank:20.5",
-        "warm_up steps:20 time:31.2s (undone)",
-        "start_up time:40000ms",
+        "batch tokens:1000 ranks:8 micro_batch_tokens:125 micro_steps:1",
+        "warm_up steps:20 time:31200ms step_time:90ms peak_memory_bytes:1",
     ]
     train_ms = train_ms - 1000  # the rest is the choice of weights
     for step in (1, 50, 80, 100):
         done = train_ms * step / 100
-        time = f"train_time:{done:.0f}ms step_avg:{train_ms / 100:.2f}ms"
+        time = f"train_time:{done:.0f}ms"
         lines.append(
             f"step:{step}/100 train_loss:{loss + 1 / step:.8f} lr_scale:0.5000 grad_norm:0.3 {time} "
-            "tokens_per_s:9 eta:1s rank_tflops:3"
+            f"step_avg:{train_ms / 100:.2f}ms"
         )
         if step == 80:
-            lines += ["swa snapshot:1 step:70 lr_scale:0.3", "plan step:75 bits:mlp4,attn5,attn6,embed7 time:2.1s"]
-            lines += ["qat active:1 step:75 bits:mlp4", f"checkpoint path:logs/r{seed}.000000080.ckpt time:90ms"]
+            lines += ["swa snapshot:1 step:70 lr_scale:0.3", "calibration step:75 time:1500ms"]
+            lines += ["qat active:1 step:75 time:2100ms", f"checkpoint path:logs/r{seed}.000000080.ckpt time:90ms"]
             lines += ["swa snapshot:1 step:80 lr_scale:0.2", "swa snapshot:2 step:90 lr_scale:0.1"]
         if step == 100:
-            lines.append("export weights:swa rounding:feedback snapshots:2 last_nearest_loss:1.95 swa_nearest_loss:1.9")
-            time = f"train_time:{train_ms + 1000:.0f}ms step_avg:{(train_ms + 1000) / 100:.2f}ms"
+            lines.append("export weights:swa snapshots:2 last_loss:1.95000 swa_loss:1.90000 time:1000ms")
+            time = f"train_time:{train_ms + 1000:.0f}ms"
+            lines.append(f"training stopped:iterations step:100 {time} peak_memory_bytes:1")
         if step > 1:
             at = loss + 1 / step
-            lines.append("validation done:50.0% eta:3s")
-            lines.append(f"step:{step}/100 val_loss:{at:.8f} val_bpb:{bpb(at):.8f} {time} mode:banded")
+            lines.append("evaluation done:50.0%")
+            lines.append(f"step:{step}/100 val_loss:{at:.8f} val_bpb:{bpb(at):.8f} {time}")
     floats = loss - 0.01
+    sizes = f"model_bytes:{total - 90000} code_bytes:90000 artifact_bytes:{total} limit:16000000"
     return "\n".join(lines + [
-        f"training stopped:iterations step:100 train_time:{train_ms + 1000}ms peak_memory_bytes:1",
-        f"weights path:logs/r{seed}.weights (EXPORT_FROM=logs/r{seed}.weights exports them again)",
-        f"float_sliding stride:64 val_loss:{floats:.8f} val_bpb:{bpb(floats):.8f} eval_time:9ms tokens_per_s:9",
-        "artifact round:0 artifact_bytes:16400000 plan_time:9000ms rounding_time:3000ms zstd_time:9000ms",
-        f"artifact round:1 artifact_bytes:{total} plan_time:900ms rounding_time:3000ms zstd_time:9000ms",
-        "quant tensor:blocks.0.mlp.up_proj.weight bits:4 step:0.5 bytes:1000 bits_per_weight:3.5",
-        "artifact category:mlp params:5 raw_bytes:9000000 order0_entropy_bytes:8000000",
-        "artifact category:embed params:5 raw_bytes:2000000 order0_entropy_bytes:2000000",
-        f"artifact bits:mlp4,attn5 codec:zstd-22 model_bytes:{total - 90000} code_bytes:90000 artifact_bytes:{total} "
-        "limit:16000000",
-        f"artifact path:logs/r{seed}.ptz headroom_bytes:{16_000_000 - total} export_time:60001ms",
-        f"artifact loaded:logs/r{seed}.ptz tensors:2 bits:mlp4,attn5",
-        "final_sliding done:50.0% eta:30s",
-        f"final_sliding stride:64 val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f} eval_time:{eval_ms}ms tokens_per_s:9",
+        f"weights path:logs/r{seed}.weights (EXPORT_FROM exports them again)",
+        f"float_sliding stride:64 val_loss:{floats:.8f} val_bpb:{bpb(floats):.8f} eval_time:9ms",
+        "artifact round:0 model_bytes:16310000 plan_time:9000ms zstd_time:9000ms",
+        f"artifact round:1 model_bytes:{total - 90000} plan_time:900ms zstd_time:9000ms",
+        "artifact category:mlp params:5 bytes:8000000 bits_per_weight:3.500 levels:15",
+        "artifact category:embed params:5 bytes:2000000 bits_per_weight:6.100 levels:70",
+        f"artifact path:logs/r{seed}.ptz codec:zstd-22 {sizes} headroom_bytes:{16_000_000 - total}",
+        "evaluation done:50.0%",
+        f"final_sliding stride:64 val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f} eval_time:{eval_ms}ms",
         f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f}",
     ]) + "\n"  # fmt: skip
+
+
+FIRST_EDITION = {  # how its lines were
+    r" compute_dtype:bfloat16 compile:1 flash3:1$": " threads:8 compute_dtype:bfloat16 compile:1 attention:flash3",
+    r"^config overrides: SEED=(\d+) DEMO=(\w+)$": r"config overrides: SEED=\1 (environment), DEMO=\2 (environment)",
+    r"^warm_up steps:20 .*$": "warm_up steps:20 time:31.2s (undone)",
+    r"^(step:.* step_avg:\S+)$": r"\1 tokens_per_s:9 eta:1s rank_tflops:3",
+    r"^(step:.* val_bpb:.*)$": r"\1 step_avg:9.99ms mode:banded",
+    r"^calibration .*$": "plan step:75 bits:mlp4,attn5,attn6,embed7 time:2.1s",
+    r"^qat .*$": "qat active:1 step:75 bits:mlp4",
+    r"^evaluation done:50.0%$": "validation done:50.0% eta:3s",
+    r"^export .*$": "export weights:swa rounding:feedback snapshots:2 last_nearest_loss:1.95 swa_nearest_loss:1.9",
+    r"^(\w+_sliding stride.*)$": r"\1 tokens_per_s:9",
+    r"^artifact (round:\d) model_bytes:(\d+)": r"artifact \1 artifact_bytes:\2 rounding_time:3000ms",
+    r"^artifact (category:\w+ params:5) bytes:(\d+).*$": r"artifact \1 raw_bytes:9000000 order0_entropy_bytes:\2",
+    r"^artifact (path:\S+) codec:zstd-22 (.*) (headroom_bytes:\S+)$": r"artifact bits:mlp4,attn5 codec:zstd-22 \2\n"
+    r"artifact \1 \3 export_time:60001ms\nartifact loaded:logs/x.ptz tensors:2 bits:mlp4,attn5",
+}
+
+
+def in_edition(edition: int, text: str) -> str:
+    """A log of `own_log` as this edition of the script wrote it."""
+    for now, before in FIRST_EDITION.items() if edition == 1 else ():
+        text, count = re.subn(now, before, text, flags=re.M)
+        assert count, f"no line has {now}"
+    return text
 
 
 def old_log(seed: int, loss: float) -> str:
@@ -132,9 +154,10 @@ def cells(output: str, name: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_own_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("edition", [1, 2])
+def test_own_format(tmp_path: Path, edition: int) -> None:
     """Every column, and none of the source's lines taken for results."""
-    (path,) = write(tmp_path, one=own_log(7, 1.9))
+    (path,) = write(tmp_path, one=in_edition(edition, own_log(7, 1.9)))
     found = report.read_log(Path(path))
     assert report.run_row(found, "A") == [
         "one", "A", "7", "100/100", "5980.00", f"{bpb(1.89):.5f}", f"{bpb(1.9):.5f}", f"{bpb(0.01):+.5f}", "15,900,000",
@@ -143,6 +166,7 @@ def test_own_format(tmp_path: Path) -> None:
     assert found.final and found.final.loss == 1.9 and found.swa_start == 80 and found.dataset == "fineweb10B_sp1024"
     assert found.versions == {"python": "3.12.3", "torch": "2.9.1", "numpy": "2.4.6"}
     assert found.runtime["name"] == "NVIDIA H100 80GB HBM3" and sorted(found.losses) == [1, 50, 80, 100]
+    assert found.categories == {"mlp": 8_000_000, "embed": 2_000_000} and found.model_bytes == 15_810_000
 
 
 def resumed_log(seed: int, loss: float) -> str:
@@ -157,44 +181,73 @@ def resumed_log(seed: int, loss: float) -> str:
     return text[:cut] + lost + start + tail[again:]
 
 
-def test_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("edition", [1, 2])
+def test_resumed(tmp_path: Path, edition: int) -> None:
     """One curve and one run: what the first start did after its checkpoint does not count. It has its config."""
-    paths = write(tmp_path, whole=own_log(7, 1.9), resumed=resumed_log(7, 1.91), other=own_log(8, 1.9))
+    logs = {"whole": own_log(7, 1.9), "resumed": resumed_log(7, 1.91), "other": own_log(8, 1.9)}
+    paths = write(tmp_path, **{name: in_edition(edition, text) for name, text in logs.items()})
     whole, found, other = (report.read_log(Path(path)) for path in paths)
     assert not found.problem() and found.final and found.final.loss == 1.91 and found.gap is not None
     assert found.times == whole.times and found.swa_start == 80 and report.run_row(found, "A")[4] == "5980.00"
     assert sorted(found.losses) == [1, 50, 80, 100] and 9.9 not in found.losses.values()
     assert len(report.group_runs([found, other], [])) == 1
-    for cut in ("step:100/100 train", "training stopped", "artifact bits", "final_int8"):  # cut and resumed at the end
-        text = own_log(7, 1.9)
+    for cut in ("step:100/100 train", "training stopped", "artifact ", "final_int8"):  # cut and resumed at the end
+        text = in_edition(edition, own_log(7, 1.9))
         first = text[: text.index(cut)] + "resume checkpoint:logs/r7.000000080.ckpt step:80 train_time:478400ms\n"
         paths = write(tmp_path, cut=first + text[text.index("swa snapshot:1 step:80") :], half=first)
         assert report.run_row(report.read_log(Path(paths[0])), "A")[1:] == report.run_row(whole, "A")[1:]
         assert "unfinished: the log ends at step 80 of 100" in report.read_log(Path(paths[1])).problem()
-    none = own_log(7, 1.9)
+    none = in_edition(edition, own_log(7, 1.9))
     begin = none.index("step:1/100 train")
     again = none + "warning: RUN_ID=r7 has no sound checkpoint: it starts from the beginning\n" + none[begin:]
     assert report.read_log(Path(write(tmp_path, none=again)[0])).times == whole.times
 
 
-def test_own_format_of_the_script(tmp_path: Path) -> None:
-    """What train_gpt.py logs today is read."""
-    done = run(tmp_path, run_id="now", eval_float=True)
-    assert done.returncode == 0, done.stderr
-    found = report.read_log(tmp_path / "logs/now.txt")
-    assert not found.problem() and found.whole_config and found.final and found.ms_per_step and found.gap is not None
-    assert found.final.bpb == values(done.stdout, "val_bpb")[-1] and found.final.seconds is not None
-    assert found.artifact_bytes == values(done.stdout, "artifact_bytes")[-1] and found.step == 6 and found.versions
-    assert found.categories and found.scales and found.runtime["device"] == "cpu" and found.val_targets
+def test_exported_by_a_later_start(tmp_path: Path) -> None:
+    """RESUME=1 after a failed export has `export_from` in its config, and a batch of one sequence: not the run's."""
+    text = own_log(7, 1.9)
+    head, tail = text.split("=" * 100 + "\n")
+    again = tail[: tail.index("data train_shards")]
+    for now in ('"resume": false', '"export_from": ""', '"train_batch_tokens": 1000'):
+        assert now in again
+    again = again.replace('"export_from": ""', '"export_from": "logs/r7.weights"').replace(
+        'tokens": 1000', 'tokens": 9'
+    )
+    cut = text.index("artifact round:1")
+    text = text[:cut] + head + "=" * 100 + "\n" + again + text[cut:]
+    whole, found = (report.read_log(Path(path)) for path in write(tmp_path, whole=own_log(8, 1.9), found=text))
+    assert not found.problem() and found.batch_tokens == 1000 and found.final and found.final.loss == 1.9
+    assert len(report.group_runs([whole, found], [])) == 1
 
 
+def test_own_format_of_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What train_gpt.py logs today is read, from its file and from a copy of the console."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"run_id": "now", "eval_float": True, "rate_control": True, "artifact_limit_bytes": 150_000}
+    assert t.main(*t.load_config(environment(**changes))) == 0
+    console = capsys.readouterr().out
+    Path("console.txt").write_text(console)
+    for path in (tmp_path / "logs/now.txt", tmp_path / "console.txt"):
+        found = report.read_log(path)
+        assert not found.problem() and found.final and found.ms_per_step and found.gap is not None
+        assert found.final.bpb == values(console, "val_bpb")[-1] and found.final.seconds is not None
+        assert found.artifact_bytes == values(console, "artifact_bytes")[-1] and found.step == 6 and found.versions
+        assert sum(report.byte_parts(found).values()) == found.artifact_bytes and set(found.categories) == CATEGORIES
+        assert found.scales and found.runtime["device"] == "cpu" and found.val_targets and found.seed == 42
+        assert found.whole_config == (path.name == "now.txt") and found.settings["val_loss_every"] == 0
+        assert found.settings["data_path"] == str(corpus()) and found.settings["swa_always"] is True
+
+
+@pytest.mark.parametrize("edition", [1, 2])
 @pytest.mark.parametrize("change", ["console", "utf-16", "crlf", "prefix", "resumed", "banded"])
-def test_variants_of_own_format(tmp_path: Path, change: str) -> None:
+def test_variants_of_own_format(tmp_path: Path, change: str, edition: int) -> None:
     """The console's copy, other encodings, torchrun's prefixes, a resumed run's second header, the other evaluation."""
-    text, path = own_log(7, 1.9), tmp_path / "log.txt"
+    text, path = in_edition(edition, own_log(7, 1.9, demo=True)), tmp_path / "log.txt"
     head, tail = text.split("=" * 100 + "\n")
     if change == "console":
-        text = re.sub(r"config \{.*\n", "config overrides: SEED=7 (environment), DEMO=True (environment)\n", tail)
+        text = re.sub(r"config \{.*\n", "", tail)
     elif change == "prefix":
         text = "".join(f"[rank0]:{line}\n" for line in tail.splitlines())
     elif change == "resumed":
@@ -219,6 +272,7 @@ def test_variants_of_own_format(tmp_path: Path, change: str) -> None:
     assert found.final.mode == ("banded 2048" if change == "banded" else "sliding 64")
     assert (found.gap is None) == (change == "banded")  # never the difference of two kinds of evaluation
     assert found.final.seconds == 71
+    assert found.settings["demo"] is True and found.whole_config == (change != "console")
 
 
 def test_old_format(tmp_path: Path) -> None:
@@ -347,7 +401,7 @@ def skipped_files(folder: Path) -> dict[str, tuple[str, str]]:
         "loader": ("train_loader:dataset:\n", "foreign: no line of"),
         "insource": ("import torch\n" + log[:60], "truncated or foreign: a script's source"),
         "nostep": (log[: log.index("step:1/100 train")], "truncated or stopped at once: no training step"),
-        "half": (log[: log.index("step:100/100 val")], "unfinished: the log ends at step 100 of 100, in training"),
+        "half": (log[: log.index("training stopped")], "unfinished: the log ends at step 100 of 100, in training"),
         "unscored": (log[: log.index("final_sliding")], "unfinished: the log ends at step 100 of 100, before the"),
         "plan": (log[: log.index("step:1/100")].replace('"demo"', '"dry_run": true, "demo"'), "a dry run: the plan"),
         "midnumber": (midnumber, "unfinished: the log ends at step 6500 of 20000, before the final score"),

@@ -40,7 +40,6 @@ SIZES: dict[str, Any] = {
     "muon_momentum_warmup_steps": 10,
     "compute_dtype": "float32",
     "rate_control": False,
-    "error_feedback": False,
     "calibration_tokens": 2048,
     "swa_always": True,
     "qat_start_frac": 0.0,
@@ -57,7 +56,7 @@ def corpus() -> Path:
     extra = ["caf\u00e9", "\u65e5\u672c", "\U0001f600", "42", "x=1", "\u03b1"]
     documents = [" ".join(rng.choices(words + extra, k=120)) for _ in range(80)]
     folder = Path(tempfile.mkdtemp(prefix="train-gpt-tests-")) / "corpus"
-    t.build_corpus(documents, folder, SIZES["vocab_size"], (1900, 2600))
+    t.build_corpus(documents, folder, SIZES["vocab_size"])
     return folder
 
 
@@ -72,27 +71,44 @@ def config(**changes: Any) -> t.Config:
     return t.load_config(environment(**changes))[0]
 
 
-def runtime(rank: int = 0, world_size: int = 1, compiled: bool = False) -> t.Runtime:
+class SilentRuntime(t.Runtime):
+    """A CPU runtime without a process group, which keeps its log lines."""
+
+    def __init__(self, rank: int, world_size: int, compiles: bool) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.device, self.compute_dtype = torch.device("cpu"), torch.float32
+        self.compiles, self.flash3 = compiles, False
+        self.lines: list[str] = []
+
+    def log(self, line: str, console: bool = True) -> None:
+        """Keep the line."""
+        self.lines.append(line)
+
+
+def runtime(rank: int = 0, world_size: int = 1, compiles: bool = False) -> SilentRuntime:
     """A silent CPU runtime without a process group."""
-    return t.Runtime(rank, world_size, torch.device("cpu"), torch.float32, compiled, "sdpa", t.open_log(None))
+    return SilentRuntime(rank, world_size, compiles)
 
 
-def plan_for(cfg: t.Config) -> t.QuantPlan:
-    """The starting plan of a config."""
-    names = [name for name, _ in t.GPT(cfg, {}, torch.float32).named_parameters()]
-    return {name: spec for name in names if (spec := t.quant_spec_for(name, cfg))}
+def plan_for(cfg: t.Config) -> t.Plan:
+    """The fixed grids of a config."""
+    return t.fixed_grids([name for name, _ in t.GPT(cfg, torch.float32).named_parameters()], cfg)
+
+
+def mlp_grids(cfg: t.Config) -> t.Plan:
+    """Those that the MLP trains on."""
+    return {name: grid for name, grid in plan_for(cfg).items() if t.category(name) == "mlp"}
 
 
 def model_for(cfg: t.Config, qat: bool = True, seed: int = 0) -> t.GPT:
     """An initialised model whose zero-initialised parts are filled with noise, so that every part matters."""
-    plan = {n: s for n, s in plan_for(cfg).items() if t.category(n) == "mlp"} if qat else {}
     torch.manual_seed(seed)
-    model = t.GPT(cfg, plan, torch.float32)
-    model.init_weights(cfg)
+    model = t.GPT(cfg, torch.float32)
+    model.init_weights()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    model.refresh(qat)
+    model.refresh(mlp_grids(cfg) if qat else {})
     return model
 
 
@@ -110,6 +126,20 @@ def values(output: str, key: str) -> list[float]:
     return [float(word.split(":", 1)[1]) for word in output.split() if word.startswith(key + ":")]
 
 
-def hidden(model: t.GPT, ids: torch.Tensor, span: int | None = None) -> torch.Tensor:
-    """Final hidden states of the last `span` positions (default: of all) of token ids (B, T)."""
-    return model.hidden(model.embedded(ids), span or ids.size(1), model.angles[:, : ids.size(1)])[0]
+def hidden(model: t.GPT, ids: torch.Tensor) -> torch.Tensor:
+    """Final hidden states (B, T, model_dim) of token ids (B, T), before the output head."""
+    found: list[torch.Tensor] = []
+    linear = t.F.linear
+
+    def catch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Note what goes into the head."""
+        if weight.shape == model.embed.weight.shape and x.size(-1) == weight.size(1):
+            found.append(x)
+        return linear(x, weight)
+
+    t.F.linear = catch
+    try:
+        model(ids, ids)
+    finally:
+        t.F.linear = linear
+    return found[-1]
