@@ -986,7 +986,7 @@ def encode_artifact(stored: dict[str, Stored], cfg: Config, tokenizer_sha256: st
     text = json.dumps(header | {"tokenizer_sha256": tokenizer_sha256}, separators=(",", ":")).encode()
     payload = struct.pack("<I", len(text)) + text + b"".join(array.cpu().numpy().tobytes() for array in arrays)
     # Repeats of a few codes cost more than the entropy coder takes for them, and how many the level finds changes the
-    # size by 1% either way. These settings find hardly any: 3% smaller, and steady (logs/ABLATIONS.md).
+    # size by 1% either way. These settings find hardly any: 2% smaller, and steady (logs/ABLATIONS.md).
     search = {"window_log": 17, "min_match": 7, "search_log": 1, "chain_log": 6, "hash_log": 6}
     params = zstandard.ZstdCompressionParameters.from_level(22, write_checksum=True, **search)
     return ARTIFACT_MAGIC + zstandard.ZstdCompressor(compression_params=params).compress(payload)

@@ -23,19 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tools import t as train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {"EVAL_STRIDE": "0", "EVAL_BATCH_SEQS": "16", "RUN_ID": "out", "COMPILE": "0"}
 KINDS = {"old": {"ERROR_FEEDBACK": "1"}, "old, to nearest": {"ERROR_FEEDBACK": "0"}, "new": {}}
-
-
-def old_tensors(path: Path) -> dict[str, Any]:
-    """What e735e01 wrote: a sha256, then what `torch.save` makes of weights, costs, hessians, grids and config."""
-    with path.open("rb") as file:
-        file.seek(32)
-        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def converted(old: dict[str, Any], tokenizer_sha256: str) -> dict[str, Any]:
@@ -59,7 +51,7 @@ def one_export(kind: str, weights: Path, bits: float, args: argparse.Namespace, 
     """Export and score in `folder`; the row of the table."""
     script = args.old if kind.startswith("old") else ROOT / "train_gpt.py"
     shutil.copy(script, folder / "train_gpt.py")
-    old = old_tensors(weights)
+    old = train_gpt.load_tensors(weights, "weights", "costs", "grids", "config")
     params = sum(weight.numel() for weight in old["weights"].values())
     source = weights.resolve()
     if kind == "new":
