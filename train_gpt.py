@@ -19,20 +19,18 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import inspect
 import io
 import itertools
 import json
 import math
 import operator
 import os
-import platform
 import re
 import signal
 import struct
 import sys
-import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -51,6 +49,8 @@ try:
     from flash_attn_interface import flash_attn_func  # FlashAttention 3, for Hopper GPUs
 except ImportError:
     flash_attn_func = None
+
+CODE_BYTES = Path(__file__).stat().st_size  # now: an edit during a run must not change its artifact
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Config:
     num_heads: int = knob(8, "query heads", ">= 1")
     num_kv_heads: int = knob(4, "key/value heads", ">= 1")
     mlp_mult: int = knob(3, "MLP hidden size over MODEL_DIM", ">= 1")
-    relu_slope: float = knob(0.5, "slope of the squared ReLU below zero", ">= 0", "<= 1")
+    relu_slope: float = knob(0.5, "slope of the ReLU below zero, before it is squared", ">= 0", "<= 1")
     xsa_layers: int = knob(4, "last layers with exclusive self-attention (XSA)", ">= 0")
     value_residual: bool = knob(True, "1: later layers mix the first one's values into their own")
     vocab_size: int = knob(1024, "tokens of the tokenizer", ">= 1", "<= 65536")
@@ -122,7 +122,7 @@ class Config:
     tied_embed_lr: float = knob(0.03, "learning rate of the tied token embedding and of the bigram table", ">= 0")
     matrix_lr: float = knob(0.02, "learning rate of Muon (matrices of the blocks, bigram projection)", ">= 0")
     scalar_lr: float = knob(0.02, "learning rate of gains, scales, gates and value mixes", ">= 0")
-    weight_decay: float = knob(0.04, "decoupled weight decay of Muon and AdamW", ">= 0")
+    weight_decay: float = knob(0.04, "decoupled weight decay of all parameters", ">= 0")
     muon_momentum: float = knob(0.99, "Nesterov momentum of Muon after its warm-up", ">= 0", "< 1")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", ">= 1")
     muon_momentum_warmup_start: float = knob(0.92, "momentum of Muon at step 0", ">= 0", "< 1")
@@ -135,10 +135,14 @@ class Config:
     grad_clip_norm: float = knob(0.3, "global gradient norm limit (0 = off)", ">= 0")
     # weight averaging and quantization
     swa_enabled: bool = knob(True, "1: average weights over the warmdown (SWA)")
-    swa_start_frac: float = knob(0.4, "collect snapshots once lr_scale is below this", ">= 0", "<= 1")
+    swa_start_frac: float = knob(
+        0.4, "snapshots once lr_scale is below this; the start of QAT discards older ones", ">= 0", "<= 1"
+    )
     swa_every: int = knob(50, "steps between snapshots", ">= 1")
     swa_always: bool = knob(False, "1: export the average; 0: it or the last weights, by the loss on training tokens")
-    qat_start_frac: float = knob(0.92, "progress at which fake quantization starts (1 = never)", ">= 0", "<= 1")
+    qat_start_frac: float = knob(
+        0.92, "share of steps or cap done when fake quantization starts (1 = never)", ">= 0", "<= 1"
+    )
     rate_control: bool = knob(True, "1: one step size for all matrices, such that the limit is filled; 0: fixed bits")
     calibration_tokens: int = knob(65536, "training tokens that weigh errors and choose the weights", ">= 1")
     calibration_reserve: float = knob(0.02, "share of the cap kept for the choice of weights", ">= 0", "< 1")
@@ -169,7 +173,7 @@ PR314 = """
     SEQUENCE_ORDER=file
 """
 DEMO = """
-    ITERATIONS=320 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_ITERS=200 SWA_EVERY=5 TRAIN_BATCH_TOKENS=2048
+    ITERATIONS=260 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_ITERS=160 SWA_EVERY=5 TRAIN_BATCH_TOKENS=2048
     TRAIN_SEQ_LEN=256 VAL_BATCH_SIZE=16384 VAL_LOSS_EVERY=100 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2
     BIGRAM_DIM=64 TRAIN_LOG_EVERY=20 EVAL_FLOAT=1 MUON_MOMENTUM_WARMUP_STEPS=150 CALIBRATION_TOKENS=16384
     ARTIFACT_LIMIT_BYTES=1100000
@@ -179,25 +183,29 @@ PRESETS = {("RECIPE", "pr314"): PR314, ("DEMO", "1"): DEMO}  # the later one win
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
     """(config, warnings) from environment, DEMO, RECIPE, defaults, in this order. ValueError with all problems."""
-    fields = {f.name.upper(): f.default for f in dataclasses.fields(Config)}
-    given = {name: text for name, text in environ.items() if name in fields}
-    presets = [preset for (name, text), preset in PRESETS.items() if given.get(name) == text]
-    texts = dict(word.split("=") for word in " ".join(presets).split()) | given
-    values, problems, warnings = {}, [], []
+    defaults = {f.name.upper(): f.default for f in dataclasses.fields(Config)}
+    texts: dict[str, str] = {}
+    for (name, text), preset in PRESETS.items():
+        if environ.get(name) == text:
+            texts |= dict(word.split("=") for word in preset.split())
+    texts |= {name: text for name, text in environ.items() if name in defaults}
+    values: dict[str, Any] = {}
+    problems, warnings = [], []
     for name, text in texts.items():
-        parse, expected = PARSERS[type(fields[name])]
+        parse, expected = PARSERS[type(defaults[name])]
         try:
             values[name.lower()] = value = parse(text)
-            assert isinstance(value, str) or abs(value) < 2**63  # not nan, infinite or absurd
-        except (ValueError, AssertionError):
+            if not isinstance(value, str) and not abs(value) < 2**63:  # nan, infinite or absurd
+                raise ValueError
+        except ValueError:
             problems.append(f"{name}={text!r}: expected {expected}")
     if values.get("resume") and not values.get("run_id"):
         problems.append("RESUME=1 needs RUN_ID, the run to continue")
     values["run_id"] = values.get("run_id") or time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()
     cfg = Config(**values)
     problems += config_problems(cfg)
-    for name in sorted(environ.keys() - fields.keys()):
-        for close in difflib.get_close_matches(name.upper(), fields, n=1, cutoff=0.85):
+    for name in sorted(environ.keys() - defaults.keys()):
+        for close in difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.85):
             warnings.append(f"environment variable {name} is not known; did you mean {close}?")
     if environ.get("TIE_EMBEDDINGS", "1") != "1":
         problems.append(f"TIE_EMBEDDINGS={environ['TIE_EMBEDDINGS']}: this model always ties them, remove the variable")
@@ -249,11 +257,14 @@ class Runtime:
         # A dry run without torchrun plans for as many ranks as WORLD_SIZE says.
         self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if distributed or cfg.dry_run else 1
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
+            self.device = torch.device("cpu")
             tune_for_cpu()
+            has_bf16 = torch.cpu._is_avx512_bf16_supported()
         prefix = "eval-" if cfg.eval_artifact else "plan-" if cfg.dry_run else ""
         path = Path("logs", f"{prefix}{cfg.run_id}.txt")
         if self.rank == 0 and Path("logs", f"{cfg.run_id}.txt").exists() and not (cfg.resume or cfg.eval_artifact):
@@ -267,10 +278,9 @@ class Runtime:
             store = dist.PrefixStore(restarts, next(dist.rendezvous("env://"))[0])
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
-        has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        auto = "bfloat16" if has_bf16 else "float32"
-        self.compute_dtype = getattr(torch, auto if cfg.compute_dtype == "auto" else cfg.compute_dtype)
-        self.compiles = cuda if cfg.compile == "auto" else cfg.compile == "1"
+        auto = torch.bfloat16 if has_bf16 else torch.float32
+        self.compute_dtype = {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.compute_dtype]
+        self.compiles = {"auto": cuda, "1": True, "0": False}[cfg.compile]
         head_dim = cfg.model_dim // cfg.num_heads
         hopper = cuda and torch.cuda.get_device_capability()[0] == 9
         fits = hopper and self.compute_dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
@@ -315,7 +325,7 @@ def ms_since(begun: float) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write, fsync, rename: `path` is the old file or the whole new one. Raises OSError when the disk is full."""
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(f"{path.name}.tmp{os.getpid()}")  # other runs may build the same corpus
     try:
         with scratch.open("wb") as file:
             file.write(content)
@@ -357,27 +367,25 @@ def open_shard(path: Path) -> np.ndarray:
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write token ids (N,) as one shard."""
-    path.write_bytes(SHARD_HEADER.pack(SHARD_MAGIC, SHARD_VERSION, len(tokens)) + tokens.astype("<u2").tobytes())
+    header = SHARD_HEADER.pack(SHARD_MAGIC, SHARD_VERSION, len(tokens))
+    write_atomically(path, header + tokens.astype("<u2").tobytes())
 
 
 class TokenShards:
     """Shards as one long sequence of tokens, read by position. Nothing is held in memory."""
 
-    def __init__(self, pattern: str, vocab_size: int) -> None:
-        """Open every shard that matches. Raises FileNotFoundError without any, ValueError for a bad one."""
+    def __init__(self, pattern: str, vocab_size: int, checked: int) -> None:
+        """Open every shard that matches, check `checked` tokens at its ends. FileNotFoundError, ValueError if bad."""
         self.vocab_size = vocab_size
-        self.paths = [Path(path) for path in sorted(glob.glob(pattern))]
+        self.paths = list(map(Path, sorted(glob.glob(pattern))))
         if not self.paths:
             raise FileNotFoundError(f"no shards match {pattern}: {HOW_TO_GET_DATA}")
-        self.shards = [open_shard(path) for path in self.paths]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.shards = list(map(open_shard, self.paths))
+        self.starts = np.cumsum([0, *map(len, self.shards)])
         self.total = int(self.starts[-1])
-
-    def check_ends(self, count: int) -> None:
-        """Raise ValueError for token ids beyond the vocabulary in the first and last `count` tokens of a shard."""
         for start, end in itertools.pairwise(self.starts.tolist()):
-            self.read(start, min(count, end - start))
-            self.read(max(start, end - count), min(count, end - start))
+            self.read(start, min(checked, end - start))
+            self.read(max(start, end - checked), min(checked, end - start))
 
     def read(self, start: int, count: int) -> Tensor:
         """`count` tokens (int64) from position `start` on, wrapping at the end; ValueError for an id that is none."""
@@ -395,36 +403,41 @@ class TokenShards:
         return torch.from_numpy(np.concatenate(parts))
 
 
-def token_bytes(sp: sentencepiece.SentencePieceProcessor) -> tuple[Tensor, Tensor]:
-    """(bytes of text of each token (2, VOCAB_SIZE); boundaries (VOCAB_SIZE,): 1 for control, unknown, unused ones)."""
+def token_bytes(sp: sentencepiece.SentencePieceProcessor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(bytes of each token (2, V): row 1 after a boundary; boundaries (V,): 1 for control, unknown, unused tokens)."""
     sizes = torch.zeros(2, sp.vocab_size(), dtype=torch.long)
     boundary = torch.zeros(sp.vocab_size(), dtype=torch.long)
     for i in range(sp.vocab_size()):
-        piece = "?" if sp.is_byte(i) else sp.id_to_piece(i).replace("\u2581", " ")
+        piece = "?" if sp.is_byte(i) else sp.id_to_piece(i).replace("\u2581", " ")  # any one byte
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
             boundary[i] = 1
         else:
             sizes[0, i] = len(piece.encode())
-            sizes[1, i] = len(piece.removeprefix(" ").encode())  # after a boundary a leading space does not count
-    return sizes, boundary
+            sizes[1, i] = len(piece.removeprefix(" ").encode())  # a leading space does not count there
+    return sizes.to(device), boundary.to(device)
 
 
 def read_texts(cfg: Config) -> list[str]:
     """The files of TEXT_FILES; or, for DEMO, Python's language reference and the docstrings of some modules."""
     if cfg.demo:
-        docstrings = [value.__doc__ for module in DOCUMENTED for _, value in sorted(vars(module).items())]
-        return [*topics.values(), *(text for text in docstrings if isinstance(text, str))]
-    paths = [Path(name) for name in sorted(glob.glob(cfg.text_files, recursive=True)) if Path(name).is_file()]
+        texts = list(topics.values())
+        for module in DOCUMENTED:
+            texts += sorted(filter(None, map(inspect.getdoc, vars(module).values())))
+        return texts
+    paths = sorted(filter(Path.is_file, map(Path, glob.glob(cfg.text_files, recursive=True))))
     if not paths:
         raise FileNotFoundError(f"no file matches TEXT_FILES={cfg.text_files!r}: quote the glob; ** reaches subfolders")
-    try:
-        return [(path := each).read_text("utf-8") for each in paths]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"TEXT_FILES: {path} is not UTF-8 text ({error}); convert or exclude it") from None
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"TEXT_FILES: {path} is not UTF-8 text ({error}); convert or exclude it") from None
+    return texts
 
 
 def build_corpus(texts: list[str], folder: Path, vocab_size: int) -> None:
-    """Cut the text into documents, hold some out, train a tokenizer; write it and both shards, all or nothing."""
+    """Cut the text into documents, hold some out, train a tokenizer; write both shards, then the tokenizer."""
     text = "\n\n".join(dict.fromkeys(texts))  # a text that repeats must not stand on both sides
     size = min(DOCUMENT_CHARS, 200 + len(text) // 50)
     documents = [text[i : i + size] for i in range(0, len(text), size)]
@@ -438,16 +451,11 @@ def build_corpus(texts: list[str], folder: Path, vocab_size: int) -> None:
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it ({error})") from None
     sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as name:
-        scratch = Path(name, "corpus")
-        scratch.mkdir()
-        (scratch / "tokenizer.model").write_bytes(model.getvalue())
-        for split, part in (("train", documents[held_out:]), ("val", documents[:held_out])):
-            ids = [np.array([sp.bos_id(), *encoded]) for encoded in sp.encode(part)]
-            write_shard(scratch / f"fineweb_{split}_000000.bin", np.concatenate(ids))
-        if not folder.exists():  # or another run was faster: its result is the same
-            scratch.rename(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, part in (("train", documents[held_out:]), ("val", documents[:held_out])):
+        ids = sp.encode(part, add_bos=True)
+        write_shard(folder / f"fineweb_{split}_000000.bin", np.concatenate(ids))
+    write_atomically(folder / "tokenizer.model", model.getvalue())  # last: it marks the corpus as whole
 
 
 def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
@@ -457,7 +465,7 @@ def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
     texts = read_texts(cfg)
     key = hashlib.sha256(json.dumps([cfg.vocab_size, TOKENIZER_OPTIONS, texts]).encode()).hexdigest()
     folder = Path("logs", "cache", f"corpus-{key[:16]}")  # other content has another name
-    if not folder.is_dir():
+    if not (folder / "tokenizer.model").is_file():
         rt.log(f"corpus building:{folder} texts:{len(texts)} characters:{sum(map(len, texts))}")
         build_corpus(texts, folder, cfg.vocab_size)
     return str(folder), str(folder / "tokenizer.model")
@@ -483,127 +491,40 @@ class Data:
         if sp.is_unknown(sp.piece_to_id("\u2581")):
             raise ValueError(f"{tokenizer_path} has no piece for a space, which would count as 3 bytes: train another")
         self.tokenizer_sha256 = hashlib.sha256(content).hexdigest()
-        self.bytes_of, self.boundary = (table.to(rt.device) for table in token_bytes(sp))
-        self.val = TokenShards(f"{glob.escape(data_path)}/fineweb_val_*.bin", cfg.vocab_size)
-        self.val.check_ends(max(map(len, self.val.shards)))
+        self.bytes_of, self.boundary = token_bytes(sp, rt.device)
+        self.val = TokenShards(f"{glob.escape(data_path)}/fineweb_val_*.bin", cfg.vocab_size, checked=sys.maxsize)
         self.num_val_targets = (self.val.total - 1) // self.seq_len * self.seq_len  # whole sequences, as the challenge
         if self.num_val_targets < 1:
             raise ValueError(f"{data_path}: {self.val.total} validation tokens are less than TRAIN_SEQ_LEN + 1")
         rt.log(f"data path:{data_path} val_tokens:{self.val.total} val_targets:{self.num_val_targets}")
         if cfg.eval_artifact or cfg.export_from:
             return
-        self.train = TokenShards(f"{glob.escape(data_path)}/fineweb_train_*.bin", cfg.vocab_size)
-        self.train.check_ends(CHECKED_TOKENS)
+        self.train = TokenShards(f"{glob.escape(data_path)}/fineweb_train_*.bin", cfg.vocab_size, CHECKED_TOKENS)
         self.identity = {"train_tokens": self.train.total, "tokenizer_sha256": self.tokenizer_sha256}
         self.num_windows = max(1, (self.train.total - 1) // self.seq_len)
-        self.spread = cfg.sequence_order == "spread"
         # A stride near the golden share of the windows spreads consecutive sequences evenly; if it is coprime to their
         # number, each comes once before any comes twice.
-        self.stride = max(1, round(0.618 * self.num_windows))
-        while math.gcd(self.stride, self.num_windows) > 1:
-            self.stride += 1
+        self.spread_stride = max(1, round(0.618 * self.num_windows))
+        while math.gcd(self.spread_stride, self.num_windows) > 1:
+            self.spread_stride += 1
+        self.stride = self.spread_stride if cfg.sequence_order == "spread" else 1
         rt.log(f"data train_shards:{len(self.train.shards)} train_tokens:{self.train.total} windows:{self.num_windows}")
 
-    def train_sequences(self, numbers: Iterable[int], spread: bool) -> Tensor:
+    def train_sequences(self, numbers: Iterable[int], stride: int) -> Tensor:
         """Sequences of a run by their numbers, (N, TRAIN_SEQ_LEN + 1) int64: the same on any rank, after any resume."""
-        stride = self.stride if spread else 1
-        windows = [number * stride % self.num_windows for number in numbers]
-        return torch.stack([self.train.read(window * self.seq_len, self.seq_len + 1) for window in windows])
+        starts = [number * stride % self.num_windows * self.seq_len for number in numbers]
+        return torch.stack([self.train.read(start, self.seq_len + 1) for start in starts])
 
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------
+# When fake quantization starts, and again for the export, a `Plan` gives each matrix a `Grid`: a step per row, by what
+# errors there cost (`Trainer.calibrate`), such that all weights fill the limit. The MLP keeps the grids it trained on.
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # the range of fp16, in which scales are stored
 FIXED_BITS = {"mlp": 4, "attn": 5, "bigram": 5}  # without RATE_CONTROL
 PRUNE_ABOVE_ELEMENTS = 65536
 LEAST_COST = 1e-4  # of a row, as a share of the model's mean
-FINEST, COARSEST, SIZE_ROUNDS = -30.0, 10.0, 16  # log2 of the range of the step size; how often it is halved
-
-
-class Grid(NamedTuple):
-    """Integers of `bits` bits times a scale per row: `step`, but at least what cuts off no weight of the row."""
-
-    bits: int
-    step: Tensor | None = None  # (R,); without it, the largest weight of a row gets the largest integer
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """Scale per row of `weight` (R, C): fp16 values as fp32 (R,). Not for compiled code: it drops the rounding."""
-        scale = weight.abs().amax(dim=1) / (2 ** (self.bits - 1) - 1)
-        if self.step is not None:
-            # Rounded up to 8 values per octave, scales compress to half their bytes.
-            mantissa, exponent = torch.frexp(torch.maximum(scale, self.step.to(scale.device)))
-            scale = torch.ldexp((16 * mantissa).ceil() / 16, exponent)
-        return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
-
-    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(nearest codes int8 (R, C), scale fp16 (R,)), as they are stored."""
-        scale = self.scale(weight)
-        largest = 2 ** (self.bits - 1) - 1
-        codes = (weight / scale.unsqueeze(1)).round().clamp(-largest - 1, largest)
-        return codes.to(torch.int8), scale.half()
-
-    def fake_quantize(self, weight: Tensor) -> Tensor:
-        """What storing and loading make of `weight`, bit for bit."""
-        return dequantize(*self.quantize(weight))
-
-
-Plan = dict[str, Grid]  # parameter name -> grid; all other parameters are stored as fp16
-Weights = dict[str, Tensor]  # parameter name -> weight, or a value for each of its rows
-
-
-def dequantize(values: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Codes (R, C) and scales (R,), or fp16 values without scales -> weight, fp32."""
-    return values.float() if scale is None else values.float() * scale.float().unsqueeze(1)
-
-
-def category(name: str) -> str:
-    """The kind of a parameter: mlp, attn, bigram, embed or small (gains, scales, gates)."""
-    if not name.endswith(("_proj.weight", "embed.weight")):
-        return "small"
-    return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
-
-
-def fixed_grids(names: Iterable[str], cfg: Config) -> Plan:
-    """Grids of fixed bits; embeddings and one key projection stay fp16 (as in pull request 180)."""
-    fp16_key = f"blocks.{cfg.num_layers - 2}.attn.k_proj.weight"
-    matrices = [name for name in names if category(name) in FIXED_BITS and name != fp16_key]
-    bits = {kind: getattr(cfg, f"{kind}_bits") or default for kind, default in FIXED_BITS.items()}
-    return {name: Grid(bits[category(name)]) for name in matrices}
-
-
-def grids_of_size(size: float, costs: dict[str, Tensor], kept: Plan, cfg: Config) -> Plan:
-    """Grids with steps of `size` / sqrt(cost) in each row; matrices in `kept` stay on theirs."""
-    # A row that the calibration tokens did not meet is not free: the matrix's mean is added. A matrix behind an output
-    # projection that starts at zero has almost no gradient at first: hence the least cost.
-    model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean().clamp(min=1e-30)
-    plan = {}
-    for name, cost in costs.items():
-        relative = ((cost + cost.mean()) / model_mean).clamp(min=LEAST_COST)
-        bits = getattr(cfg, f"{category(name)}_bits", 0) or 8  # int8 can hold no more
-        plan[name] = Grid(bits, size * relative.rsqrt())
-    return plan | kept
-
-
-def grids_for_bytes(weights: Weights, costs: Weights, kept: Plan, cfg: Config, budget: float) -> Plan:
-    """Grids at which all weights take `budget` bytes under an ideal order-0 entropy coder; those in `kept` stay.
-
-    An error in a weight costs its square times `cost`, the mean squared gradient of its row on training tokens. A step
-    s makes errors of s^2 / 12, and doubling it saves one bit, whatever the weight. So bytes are best spent where
-    s^2 * cost is the same everywhere: one size for the model (reverse water-filling, Cover and Thomas 10.3.3).
-    """
-    fine, coarse = FINEST, COARSEST
-    for _ in range(SIZE_ROUNDS):
-        middle = (fine + coarse) / 2
-        if coded_bytes(weights, grids_of_size(2**middle, costs, kept, cfg)) > budget:
-            fine = middle
-        else:
-            coarse = middle
-    return grids_of_size(2**coarse, costs, kept, cfg)
-
-
-def coded_bytes(weights: dict[str, Tensor], plan: Plan) -> float:
-    """What `weights` take on the grids of a plan."""
-    return sum(Stored.of(weight, plan.get(name)).num_bytes() for name, weight in weights.items())
+FINEST, COARSEST, BISECTIONS = -30.0, 10.0, 16  # log2 of the step sizes tried, and how often their range is halved
 
 
 class Stored(NamedTuple):
@@ -612,10 +533,10 @@ class Stored(NamedTuple):
     values: Tensor
     scale: Tensor | None = None
 
-    @classmethod
-    def of(cls, weight: Tensor, grid: Grid | None) -> Stored:
-        """`weight` rounded to its grid, or to fp16 without one."""
-        return cls(*grid.quantize(weight)) if grid else cls(weight.half())
+    def dequantize(self) -> Tensor:
+        """The weight that it stands for, fp32."""
+        values = self.values.float()
+        return values if self.scale is None else values * self.scale.float().unsqueeze(1)
 
     def num_bytes(self) -> float:
         """Size under an ideal order-0 entropy coder; scales and fp16 values as they are."""
@@ -626,38 +547,125 @@ class Stored(NamedTuple):
         return self.values.numel() * nats_per_code / math.log(2) / 8 + self.scale.nbytes
 
 
-def quantize(weights: dict[str, Tensor], plan: Plan, cfg: Config) -> dict[str, Stored]:
-    """Zero the smallest weights and round all. Raises ValueError for one that is not finite or beyond fp16."""
+class Grid(NamedTuple):
+    """Integers of `bits` bits times a scale per row: `step`, or more where the largest weight of the row needs it."""
+
+    bits: int
+    step: Tensor | None = None  # (R,); without it, the largest weight of a row gets the largest integer
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Scale per row of `weight` (R, C): fp16 values as fp32 (R,). Not under torch.compile, which drops rounding."""
+        scale = weight.abs().amax(dim=1) / (2 ** (self.bits - 1) - 1)
+        if self.step is not None:
+            # Rounded up to 8 values per octave, scales compress to half their bytes.
+            mantissa, exponent = torch.frexp(torch.maximum(scale, self.step.to(scale.device)))
+            scale = torch.ldexp((16 * mantissa).ceil() / 16, exponent)
+        return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+
+    def quantize(self, weight: Tensor) -> Stored:
+        """The nearest codes and their scales."""
+        scale = self.scale(weight)
+        largest = 2 ** (self.bits - 1) - 1
+        codes = (weight / scale.unsqueeze(1)).round().clamp(-largest - 1, largest)
+        return Stored(codes.to(torch.int8), scale.half())
+
+
+Plan = dict[str, Grid]  # parameter name -> grid; all other parameters are stored as fp16
+Tensors = dict[str, Tensor]  # parameter name -> weight, or what an error costs in each of its rows
+
+
+def category(name: str) -> str:
+    """mlp, attn, bigram, embed or small (gains, scales, gates), by name; a matrix of a new kind counts as embed."""
+    if not name.endswith(("_proj.weight", "embed.weight")):
+        return "small"
+    for kind in ("mlp", "attn", "bigram"):
+        if kind in name:
+            return kind
+    return "embed"
+
+
+def fixed_grids(names: Iterable[str], cfg: Config) -> Plan:
+    """Grids of fixed bits; the token embedding and one key projection stay fp16 (as in pull request 180)."""
+    fp16_key = f"blocks.{cfg.num_layers - 2}.attn.k_proj.weight"
+    bits = {kind: getattr(cfg, f"{kind}_bits") or default for kind, default in FIXED_BITS.items()}
+    return {name: Grid(bits[category(name)]) for name in names if category(name) in bits and name != fp16_key}
+
+
+def grids_of_step(step_size: float, costs: Tensors, kept: Plan, cfg: Config) -> Plan:
+    """Grids with steps of `step_size` / sqrt(cost) in each row; matrices in `kept` stay on theirs."""
+    # A row that the calibration tokens did not meet is not free: the matrix's mean is added. A matrix behind an output
+    # projection that starts at zero has almost no gradient at first: hence the least cost.
+    model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean().clamp(min=1e-30)
+    plan = {}
+    for name, cost in costs.items():
+        relative = ((cost + cost.mean()) / model_mean).clamp(min=LEAST_COST)
+        bits = getattr(cfg, f"{category(name)}_bits", 0) or 8  # int8 can hold no more
+        plan[name] = Grid(bits, step_size * relative.rsqrt())
+    return plan | kept
+
+
+def grids_for_bytes(weights: Tensors, costs: Tensors, kept: Plan, cfg: Config, budget: float) -> Plan:
+    """Grids at which all weights take `budget` bytes under an ideal order-0 entropy coder; those in `kept` stay.
+
+    An error in a weight costs its square times `cost`, the mean squared gradient of its row on training tokens. A step
+    s makes errors of s^2 / 12, and doubling it saves one bit, whatever the weight. So bytes are best spent where
+    s^2 * cost is the same everywhere: one step size for all (reverse water-filling, Cover and Thomas 10.3.3).
+    Without RATE_CONTROL, and before costs are known, bits are fixed.
+    """
+    if not (cfg.rate_control and costs):
+        return fixed_grids(weights, cfg) | kept
+    fine, coarse = FINEST, COARSEST
+    for _ in range(BISECTIONS):
+        middle = (fine + coarse) / 2
+        if coded_bytes(weights, grids_of_step(2**middle, costs, kept, cfg), cfg) > budget:
+            fine = middle
+        else:
+            coarse = middle
+    return grids_of_step(2**coarse, costs, kept, cfg)
+
+
+def coded_bytes(weights: Tensors, plan: Plan, cfg: Config) -> float:
+    """What `weights` take on the grids of a plan under an ideal order-0 entropy coder."""
+    return sum(tensor.num_bytes() for tensor in quantize(weights, plan, cfg).values())
+
+
+def quantize(weights: Tensors, plan: Plan, cfg: Config) -> dict[str, Stored]:
+    """Zero the smallest weights and round all. FloatingPointError for one that is not finite or beyond fp16."""
     stored = {}
     for name, weight in weights.items():
         if not torch.isfinite(weight.half()).all():
-            raise ValueError(f"{name} is not finite or beyond fp16: the training diverged, nothing was exported")
-        prunes = category(name) != "mlp" and weight.dim() == 2 and weight.numel() > PRUNE_ABOVE_ELEMENTS
-        frac = cfg.mlp_prune_frac if category(name) == "mlp" else cfg.prune_frac * prunes
+            raise FloatingPointError(f"{name} is not finite or beyond fp16: training diverged, nothing was exported")
+        frac = 0.0
+        if category(name) == "mlp":
+            frac = cfg.mlp_prune_frac
+        elif weight.dim() == 2 and weight.numel() > PRUNE_ABOVE_ELEMENTS:
+            frac = cfg.prune_frac
         count = int(frac * weight.numel())
         if count > 0:
             threshold = weight.abs().flatten().kthvalue(count).values
             weight = weight * (weight.abs() > threshold)
-        stored[name] = Stored.of(weight, plan.get(name))
+        grid = plan.get(name)
+        stored[name] = grid.quantize(weight) if grid else Stored(weight.half())
     return stored
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
+# A new layer needs: its settings in MODEL_FIELDS; matrices as CastedLinear with names in _proj; its kind in `category`
+# and FIXED_BITS; initial values by `init_weights` or its constructor. All else follows from its parameters' names.
 
 
 class CastedLinear(nn.Module):
     """Linear layer without bias: fp32 master weight, cast to the dtype of its input in the forward.
 
-    With `fake_quant` it can train on a grid: `GPT.refresh` rounds the weight once per optimizer step, outside of the
-    compiled graph, so that switching quantization on changes values and recompiles nothing.
+    With `fake_quant` (the MLP, see `Trainer.start_qat`) it can train on a grid: `GPT.refresh` rounds the weight once
+    per step, outside of the compiled graph, so that switching quantization on recompiles nothing.
     """
-
-    rounded: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, fake_quant: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.grid: Grid | None = None  # set while fake quantization is on
+        self.rounded: Tensor | None
         rounded = torch.empty(out_features, in_features) if fake_quant else None
         self.register_buffer("rounded", rounded, persistent=False)
 
@@ -710,7 +718,8 @@ class CausalSelfAttention(nn.Module):
         k = apply_rotary(norm(k), rotary)
         if self.flash3:
             out = flash_attn_func(q, k, v, causal=True)
-            out = out[0] if isinstance(out, tuple) else out  # older versions return the log-sum-exp, too
+            if isinstance(out, tuple):  # older versions return the log-sum-exp, too
+                out = out[0]
         else:
             q, k, v_heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             out = F.scaled_dot_product_attention(q, k, v_heads, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -781,8 +790,6 @@ class BigramHash(nn.Module):
 class GPT(nn.Module):
     """U-Net-skip transformer: the first half of the blocks hands its outputs, in reverse, to the second half."""
 
-    rotary: Tensor  # cosines and sines (2, TRAIN_SEQ_LEN, 1, head_dim / 2)
-
     def __init__(self, cfg: Config, dtype: torch.dtype, flash3: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
@@ -796,6 +803,7 @@ class GPT(nn.Module):
         head_dim = cfg.model_dim // cfg.num_heads
         frequencies = cfg.rope_base ** (-torch.arange(0, head_dim, 2) / head_dim)
         angles = torch.outer(torch.arange(float(cfg.train_seq_len)), frequencies).unsqueeze(1)  # (T, 1, head_dim / 2)
+        self.rotary: Tensor  # cosines and sines (2, T, 1, head_dim / 2)
         self.register_buffer("rotary", torch.stack((angles.cos(), angles.sin())).to(dtype), persistent=False)
 
     @torch.no_grad()
@@ -806,7 +814,7 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(layer.weight)
                 if name.startswith("blocks.") and name.endswith(("out_proj", "down_proj")):
                     nn.init.zeros_(layer.weight)
-        self.bigram.out_proj.weight.mul_((2 * self.cfg.num_layers) ** -0.5)
+        self.bigram.out_proj.weight.mul_((2 * self.cfg.num_layers) ** -0.5)  # as GPT-2 scales its residual outputs
         nn.init.zeros_(self.bigram.embed.weight)
         nn.init.normal_(self.embed.weight, std=self.cfg.tied_embed_init_std)
         self.refresh()
@@ -816,13 +824,10 @@ class GPT(nn.Module):
         """After the weights changed: round those that train on a grid. `plan` sets new grids (empty: none)."""
         for name, layer in self.named_modules():
             if isinstance(layer, CastedLinear) and layer.rounded is not None:
-                layer.grid = layer.grid if plan is None else plan.get(f"{name}.weight")
-                layer.rounded.copy_(layer.grid.fake_quantize(layer.weight) if layer.grid else layer.weight)
-
-    def load_weights(self, weights: dict[str, Tensor], grids: Plan) -> None:
-        """Take over all weights, and the grids that the MLP trains on (empty: none)."""
-        self.load_state_dict(weights)
-        self.refresh(grids)
+                if plan is not None:
+                    layer.grid = plan.get(f"{name}.weight")
+                # Fake quantization: what storing and loading make of the weight, bit for bit.
+                layer.rounded.copy_(layer.grid.quantize(layer.weight).dequantize() if layer.grid else layer.weight)
 
     def forward(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Token ids (B, T), the tokens that follow them (B, T) -> their negative log-likelihood (B, T), nats, fp32."""
@@ -838,7 +843,8 @@ class GPT(nn.Module):
             if i >= self.num_skips and skips:  # with an odd number of blocks the last one has no skip to take
                 x = x + skip_scale[i - self.num_skips] * skips.pop()
             x, v = block(x, x0, rotary, v0)
-            v0 = v if v0 is None else v0
+            if v0 is None:
+                v0 = v
             if i < self.num_skips:
                 skips.append(x)
         logits = F.linear(norm(x), self.embed.weight.to(x.dtype)).float()
@@ -854,7 +860,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Approximately orthogonalise a stack of matrices (N, R, C): quintic iteration of Muon (Keller Jordan, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315  # the slope at 0 is steep, so that small singular values reach about 1, too
     tall = matrices.size(1) > matrices.size(2)
-    x = (matrices.mT if tall else matrices).to(dtype)
+    x = (matrices.mT if tall else matrices).to(dtype)  # the smaller Gram matrix is cheaper
     x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
@@ -868,14 +874,14 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], cfg: Config, rt: Runtime) -> None:
         super().__init__(params, {"lr": cfg.matrix_lr, "momentum": cfg.muon_momentum, "weight_decay": cfg.weight_decay})
         self.cfg, self.rt = cfg, rt
-        self.by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        self.by_shape: dict[torch.Size, list[Tensor]] = {}
         for p in params:
-            self.by_shape[p.shape].append(p)
+            self.by_shape.setdefault(p.shape, []).append(p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients in place."""
-        group = self.param_groups[0]
+        group = self.param_groups[0]  # the only one: another would need stacks of its own
         share = slice(self.rt.rank, None, self.rt.world_size)
         for params in self.by_shape.values():  # matrices of one shape as one stack, of which each rank takes a share
             grads = torch.stack([p.grad for p in params])  # type: ignore[misc]
@@ -895,7 +901,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, list(orthogonal.float().unbind()), alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[torch.optim.AdamW, Muon]:
+def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> dict[str, torch.optim.Optimizer]:
     """AdamW for embeddings and small parameters, Muon for matrices; each parameter has exactly one."""
     params = dict(model.named_parameters())
     groups: list[dict[str, Any]] = [
@@ -905,16 +911,16 @@ def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[torch.optim.A
     betas = (cfg.beta1, cfg.beta2)
     adamw = torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
     muon = Muon([p for name, p in params.items() if name.endswith("_proj.weight")], cfg, rt)
-    owners: Counter[int] = Counter()
+    owned: list[int] = []
     for group in adamw.param_groups + muon.param_groups:
         group["initial_lr"] = group["lr"]
-        owners.update(id(p) for p in group["params"])
-    assert owners == Counter(map(id, params.values())), "every parameter needs exactly one optimizer"
-    return adamw, muon
+        owned += map(id, group["params"])
+    assert sorted(owned) == sorted(map(id, params.values())), "every parameter needs exactly one optimizer"
+    return {"adamw": adamw, "muon": muon}
 
 
 def training_seconds(cfg: Config) -> float:
-    """The wall-clock cap, less what is kept for the choice of weights; infinite without a cap."""
+    """Seconds for steps: the cap, less what is kept for the choice of weights. Only validation does not count."""
     return cfg.max_wallclock_seconds * (1 - cfg.calibration_reserve) or math.inf
 
 
@@ -952,12 +958,12 @@ def evaluate(model: GPT, data: Data, rt: Runtime, stride: int, batch_seqs: int) 
     windows = scoring_windows(data.num_val_targets, data.seq_len, stride)[rt.rank :: rt.world_size]
     compiled = torch.compile(model, fullgraph=True, dynamic=False, disable=not rt.compiles)
     sums = torch.zeros(2, dtype=torch.float64, device=rt.device)  # nats, bytes of text
-    slots = torch.arange(data.seq_len, 0, -1, device=rt.device)  # T to 1, from the left
+    to_end = torch.arange(data.seq_len, 0, -1, device=rt.device)  # T to 1, from the left
     for i in range(0, len(windows), batch_seqs):
         starts, counts = zip(*windows[i : i + batch_seqs], strict=True)
         tokens = torch.stack([data.val.read(start, data.seq_len + 1) for start in starts]).to(rt.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        scored = slots <= torch.tensor(counts, device=rt.device).unsqueeze(1)  # the last `count` of each window
+        scored = to_end <= torch.tensor(counts, device=rt.device).unsqueeze(1)  # the last `count` of each window
         forward = compiled if len(starts) == batch_seqs else model  # the last batch is not worth a graph
         sums[0] += (forward(inputs, targets).double() * scored).sum()
         sums[1] += (data.bytes_of[data.boundary[inputs], targets] * scored).sum()
@@ -980,10 +986,12 @@ def encode_artifact(stored: dict[str, Stored], cfg: Config, tokenizer_sha256: st
     coded = [name for name, tensor in stored.items() if tensor.scale is not None]
     # Like codes side by side compress better: sort by their spread.
     coded.sort(key=lambda name: stored[name].values.float().std(correction=0).item())
-    arrays: list[Any] = [stored[name].values for name in coded] + [stored[name].scale for name in coded]
+    sizes = {name: getattr(cfg, name) for name in MODEL_FIELDS}
+    header = {"config": sizes, "coded": coded, "tokenizer_sha256": tokenizer_sha256}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    arrays: list[Any] = [stored[name].values for name in coded]
+    arrays += [stored[name].scale for name in coded]
     arrays += [tensor.values for tensor in stored.values() if tensor.scale is None]
-    header = {"config": {name: getattr(cfg, name) for name in MODEL_FIELDS}, "coded": coded}
-    text = json.dumps(header | {"tokenizer_sha256": tokenizer_sha256}, separators=(",", ":")).encode()
     payload = struct.pack("<I", len(text)) + text + b"".join(array.cpu().numpy().tobytes() for array in arrays)
     # Repeats of a few codes cost more than the entropy coder takes for them, and how many the level finds changes the
     # size by 1% either way. These settings find hardly any: 2% smaller, and steady (logs/ABLATIONS.md).
@@ -994,13 +1002,13 @@ def encode_artifact(stored: dict[str, Stored], cfg: Config, tokenizer_sha256: st
 
 def decode_artifact(content: bytes, path: str, cfg: Config) -> tuple[Config, dict[str, Stored], str]:
     """(`cfg` with the model's sizes, tensors, sha256 of the tokenizer) of an artifact; ValueError for a bad one."""
-    if not content.startswith(ARTIFACT_MAGIC):
-        raise ValueError(f"{path} is not an artifact of this script, or of another version: {content[:8]!r}")
 
     def take(dtype: type, shape: torch.Size) -> Tensor:
         content = stream.read(np.dtype(dtype).itemsize * math.prod(shape))
         return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy())
 
+    if not content.startswith(ARTIFACT_MAGIC):
+        raise ValueError(f"{path} is not an artifact of this script, or of another version: {content[:8]!r}")
     try:
         payload = zstandard.ZstdDecompressor().decompress(content.removeprefix(ARTIFACT_MAGIC), allow_extra_data=False)
         stream = io.BytesIO(payload)
@@ -1020,34 +1028,33 @@ def decode_artifact(content: bytes, path: str, cfg: Config) -> tuple[Config, dic
 
 def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) -> str:
     """Quantize, compress and write logs/RUN_ID.ptz on rank 0, filling the limit; returns its path."""
-    limit = cfg.artifact_limit_bytes - Path(__file__).stat().st_size
+    limit = cfg.artifact_limit_bytes - CODE_BYTES
     weights = {name: weight.to(rt.device) for name, weight in trained["weights"].items()}
     costs = trained["costs"] or {name: torch.ones(len(w)) for name, w in weights.items() if category(name) != "small"}
-    same_bits = cfg.mlp_bits == trained["config"]["mlp_bits"]
-    kept = {name: Grid(*values) for name, values in trained["grids"].items() if same_bits}
-    plan = fixed_grids(weights, cfg) | kept
-    if cfg.rate_control:
-        # Grids that the MLP trained on stay unless the limit is smaller now, or the rest cannot fit beside them.
-        smallest = coded_bytes(weights, grids_of_size(2**COARSEST, costs, kept, cfg))
-        if cfg.artifact_limit_bytes < trained["config"]["artifact_limit_bytes"] or smallest > AIM * limit:
-            kept = {}
+    then = trained["config"]
     budget = AIM * limit
-    best, best_stored = b"", {}
+    # Grids that the MLP trained on stay unless MLP_BITS changed, the limit shrank, or the rest cannot fit beside them.
+    kept = {name: Grid(*values) for name, values in trained["grids"].items()}
+    shrank = cfg.artifact_limit_bytes < then["artifact_limit_bytes"]
+    least_bytes = coded_bytes(weights, grids_of_step(2**COARSEST, costs, kept, cfg), cfg)
+    if cfg.mlp_bits != then["mlp_bits"] or (cfg.rate_control and (shrank or least_bytes > budget)):
+        kept = {}
+    best, best_stored, best_fill = b"", {}, -math.inf
     for number in range(EXPORT_ROUNDS if cfg.rate_control else 1):
         begun = time.perf_counter()
-        if cfg.rate_control:
-            plan = grids_for_bytes(weights, costs, kept, cfg, budget)
-        plan_time = ms_since(begun)
+        plan = grids_for_bytes(weights, costs, kept, cfg, budget)
         stored = quantize(weights, plan, cfg)
-        begun = time.perf_counter()
         content = encode_artifact(stored, cfg, tokenizer_sha256)
-        rt.log(f"artifact round:{number} model_bytes:{len(content)} plan_time:{plan_time} zstd_time:{ms_since(begun)}")
-        done = len(content) <= limit and (content == best or len(content) >= FULL_ENOUGH * limit)  # same: the finest
-        if not best or len(best) < len(content) <= limit or len(content) < len(best) > limit:
-            best, best_stored = content, stored
+        rt.log(f"artifact round:{number} model_bytes:{len(content)} time:{ms_since(begun)}")
+        fill = len(content) / limit
+        if fill > 1:
+            fill = -fill  # the fullest file that fits is best, else the one that is least over
+        done = fill >= FULL_ENOUGH or content == best  # the same again: no finer grid changes a byte
+        if fill > best_fill:
+            best, best_stored, best_fill = content, stored, fill
         if done:
             break
-        budget = AIM * limit * coded_bytes(weights, plan) / len(content)  # entropy predicts the size within 3%
+        budget = AIM * limit * coded_bytes(weights, plan, cfg) / len(content)  # entropy predicts the size within 3%
     path = Path("logs", f"{cfg.run_id}.ptz")
     write_atomically(path, best)
     log_artifact(path, best_stored, cfg, rt)
@@ -1055,36 +1062,29 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
 
 
 def log_artifact(path: Path, stored: dict[str, Stored], cfg: Config, rt: Runtime) -> None:
-    """Log the size; and of each category its bytes with an ideal order-0 coder, bits per weight, levels of codes."""
-    for kind in ("small", "embed", "bigram", "attn", "mlp"):
-        tensors = [x for name, x in stored.items() if category(name) == kind and x.values.numel()]
-        params, size = sum(x.values.numel() for x in tensors), sum(x.num_bytes() for x in tensors)
-        levels = max((int(x.values.max()) - int(x.values.min()) + 1 for x in tensors if x.scale is not None), default=0)
-        bits = 8 * size / params
-        rt.log(f"artifact category:{kind} params:{params} bytes:{size:.0f} bits_per_weight:{bits:.3f} levels:{levels}")
-    model_bytes, code_bytes = path.stat().st_size, Path(__file__).stat().st_size
-    over = model_bytes + code_bytes - cfg.artifact_limit_bytes
-    sizes = f"model_bytes:{model_bytes} code_bytes:{code_bytes} artifact_bytes:{model_bytes + code_bytes}"
-    rt.log(f"artifact path:{path} codec:zstd-22 {sizes} limit:{cfg.artifact_limit_bytes} headroom_bytes:{-over}")
+    """Log the size; by category also bytes with an ideal order-0 coder, bits per weight, most levels of a matrix."""
+    for kind in dict.fromkeys(map(category, stored)):
+        tensors = [tensor for name, tensor in stored.items() if category(name) == kind]
+        params = sum(tensor.values.numel() for tensor in tensors)
+        size = sum(tensor.num_bytes() for tensor in tensors)
+        levels = max((len(tensor.values.unique()) for tensor in tensors if tensor.scale is not None), default=0)
+        bits = f"bits_per_weight:{8 * size / params:.3f} levels:{levels}"
+        rt.log(f"artifact category:{kind} params:{params} bytes:{size:.0f} {bits}")
+    model_bytes = path.stat().st_size
+    over = model_bytes + CODE_BYTES - cfg.artifact_limit_bytes
+    files = f"model_bytes:{model_bytes} code_bytes:{CODE_BYTES} artifact_bytes:{model_bytes + CODE_BYTES}"
+    rt.log(f"artifact path:{path} codec:zstd-22 {files} limit:{cfg.artifact_limit_bytes} headroom_bytes:{-over}")
     if over > 0:
         rt.log(f"error: {over} bytes over ARTIFACT_LIMIT_BYTES: set RATE_CONTROL=1, or train a smaller model")
 
 
 def with_model_fields(cfg: Config, stored: dict[str, Any]) -> Config:
-    """`cfg` with the sizes of the model from a stored config; everything else as given. ValueError if they are bad."""
+    """`cfg` with the sizes of the model from a stored config, all else as given. ValueError if they are bad."""
     sizes: dict[str, Any] = {name: stored.get(name) for name in MODEL_FIELDS}
-    cfg = dataclasses.replace(cfg, **sizes, train_batch_tokens=sizes["train_seq_len"])
+    cfg = dataclasses.replace(cfg, **sizes, train_batch_tokens=sizes["train_seq_len"])  # a sound multiple of it
     if problems := config_problems(cfg):
         raise ValueError("; ".join(problems))
     return cfg
-
-
-def load_artifact(path: Path, cfg: Config, rt: Runtime) -> GPT:
-    """The model of an artifact, on the device."""
-    cfg, stored, _ = decode_artifact(rt.from_rank_0(path.read_bytes), str(path), cfg)  # other nodes lack the file
-    model = GPT(cfg, rt.compute_dtype, rt.flash3)
-    model.load_weights({name: dequantize(*tensor) for name, tensor in stored.items()}, {})
-    return model.to(rt.device)
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1104,19 +1104,20 @@ def load_tensors(path: Path, *needed: str) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated, damaged or not this script's: its checksum does not fit")
     try:
         found = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-        assert set(needed) <= found.keys()
+        assert found.keys() >= {*needed}
     except Exception:  # a forged file may raise anything
         raise ValueError(f"{path} is of another version of the script, or holds something else") from None
     return found
 
 
 def checkpoint_paths(run_id: str, end: str = "") -> list[Path]:
-    """Oldest first; with `end` .tmp those that a kill left half-written."""
+    """Oldest first; with `end` .tmp* those that a kill left half-written."""
     return sorted(Path("logs").glob(f"{run_id}.{'[0-9]' * 9}.ckpt{end}"))
 
 
-def newest_checkpoint(cfg: Config, data: Data, rt: Runtime) -> dict[str, Any] | None:
-    """The newest sound checkpoint of RUN_ID, if any. Raises ValueError for another config or other data."""
+def newest_checkpoint(cfg: Config, data: Data, rt: Runtime) -> dict[str, Any]:
+    """The newest sound checkpoint of RUN_ID, else its .weights, else {}. ValueError for another config or data."""
+    # The .weights come last: those that a kill left before the choice of weights may be other ones.
     for path in reversed([*Path("logs").glob(f"{cfg.run_id}.weights"), *checkpoint_paths(cfg.run_id)]):
         try:
             state = load_tensors(path, "config", "data", "step")
@@ -1131,14 +1132,14 @@ def newest_checkpoint(cfg: Config, data: Data, rt: Runtime) -> dict[str, Any] | 
         rt.log(f"resume checkpoint:{path} step:{state['step']} train_time:{1000 * state['elapsed']:.0f}ms")
         return state
     rt.log(f"warning: RUN_ID={cfg.run_id} has no sound checkpoint: it starts from the beginning")
-    return None
+    return {}
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 MICRO_BATCH_TOKENS = {"cuda": 98_304, "cpu": 16_384}  # 98,304 is a rank's whole part on 8 GPUs
 CALIBRATION_BATCH = 2048  # tokens of one backward; its gradients are squared, so costs depend on it
-RECENT_STEPS = 100
+RECENT_STEPS = 100  # whose times foretell those to come
 TIME_MARGIN = 1.5  # no step begins unless this many times the longest recent one fits the cap
 
 
@@ -1148,59 +1149,62 @@ class Trainer:
     def __init__(self, model: GPT, data: Data, cfg: Config, rt: Runtime) -> None:
         self.model, self.data, self.cfg, self.rt = model, data, cfg, rt
         self.forward = torch.compile(model, fullgraph=True, dynamic=False, disable=not rt.compiles)
-        sequences, rest = divmod(cfg.train_batch_tokens // cfg.train_seq_len, rt.world_size)
+        per_rank, rest = divmod(cfg.train_batch_tokens // cfg.train_seq_len, rt.world_size)
         if rest:
             raise ValueError(f"{rt.world_size} ranks do not divide TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} evenly")
         fitting = (cfg.micro_batch_tokens or MICRO_BATCH_TOKENS[rt.device.type]) // cfg.train_seq_len
-        self.micro_seqs = max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, fitting))
-        self.micro_steps = sequences // self.micro_seqs
+        self.micro_seqs = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(1, fitting))
+        self.micro_steps = per_rank // self.micro_seqs
         self.optimizers = make_optimizers(model, cfg, rt)
-        # All gradients are views of one buffer: one all-reduce, one norm.
+        self.swa = AveragedModel(model)  # SWA (arXiv:1803.05407): fp32 mean of snapshots of the master weights
+        self.parts = {"model": model, "swa": self.swa} | self.optimizers  # what has a state of its own
+        # All gradients are views of one buffer, which takes one all-reduce.
         params = list(model.parameters())
-        self.flat_grad = torch.zeros(sum(p.numel() for p in params), device=rt.device)
-        for p, part in zip(params, self.flat_grad.split([p.numel() for p in params]), strict=True):
+        sizes = list(map(Tensor.numel, params))
+        self.flat_grad = torch.zeros(sum(sizes), device=rt.device)
+        for p, part in zip(params, self.flat_grad.split(sizes), strict=True):
             p.grad = part.view_as(p)
         self.step = 0  # steps done
         self.elapsed = 0.0  # seconds of training, validation excluded, by rank 0's clock
         self.clock_zero = 0.0  # when that clock read 0
         self.saved_at = 0.0  # `elapsed` of the last checkpoint
         self.durations: list[float] = []  # of the recent steps, seconds
-        self.swa = AveragedModel(model)  # SWA (arXiv:1803.05407): fp32 mean of snapshots of the master weights
         self.grids: Plan = {}  # that the MLP trains on; empty before fake quantization starts
-        self.costs: dict[str, Tensor] = {}  # mean squared gradient of each row, see `grids_for_bytes`
-        # Training tokens for costs and choices: the last windows in spread order, which a run reaches last.
-        windows = range(data.num_windows)[-max(1, cfg.calibration_tokens // cfg.train_seq_len) :]
-        batches = data.train_sequences(windows, spread=True).split(max(1, CALIBRATION_BATCH // cfg.train_seq_len))
+        self.costs: Tensors = {}  # mean squared gradient of each row, see `grids_for_bytes`
+        # Training tokens for costs and choices: the last sequences in spread order, which a run in it reaches last.
+        numbers = range(data.num_windows)[-max(1, cfg.calibration_tokens // cfg.train_seq_len) :]
+        batches = data.train_sequences(numbers, data.spread_stride).split(
+            max(1, CALIBRATION_BATCH // cfg.train_seq_len)
+        )
         self.calibration_batches = batches[rt.rank :: rt.world_size]  # the same ones on any number of ranks
 
-    def parts(self) -> dict[str, Any]:
-        """What has a state of its own."""
-        return {"model": self.model, "swa": self.swa, "adamw": self.optimizers[0], "muon": self.optimizers[1]}
+    def progress(self) -> Trained:
+        """What a checkpoint and the weights at the end have in common."""
+        grids = {name: tuple(grid) for name, grid in self.grids.items()}
+        state = {"config": vars(self.cfg), "data": self.data.identity, "step": self.step, "elapsed": self.elapsed}
+        return state | {"durations": self.durations, "costs": self.costs, "grids": grids}
 
     def save(self) -> None:
-        """Write a checkpoint: all that `restore` needs. The last two stay; failing to write ends no run."""
+        """Write a checkpoint. The last two stay; failing to write ends no run."""
         begun, self.saved_at = time.perf_counter(), self.elapsed
         if self.rt.rank == 0:
             path = Path("logs", f"{self.cfg.run_id}.{self.step:09d}.ckpt")
-            state = {"config": vars(self.cfg), "data": self.data.identity, "step": self.step, "elapsed": self.elapsed}
-            state |= {"durations": self.durations, "costs": self.costs}
-            state["grids"] = {name: tuple(grid) for name, grid in self.grids.items()}
-            state |= {name: part.state_dict() for name, part in self.parts().items()}
             try:
-                save_tensors(path, state)
-                for old in checkpoint_paths(self.cfg.run_id)[:-2] + checkpoint_paths(self.cfg.run_id, ".tmp"):
+                save_tensors(path, self.progress() | {name: part.state_dict() for name, part in self.parts.items()})
+                for old in checkpoint_paths(self.cfg.run_id)[:-2] + checkpoint_paths(self.cfg.run_id, ".tmp*"):
                     old.unlink()
                 self.rt.log(f"checkpoint path:{path} time:{ms_since(begun)}")
             except OSError as error:
                 self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact")
-        self.elapsed = self.clock()
+        self.elapsed = self.clock()  # else the next step's duration would hold it
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `save` was called, with any number of ranks."""
-        self.step, self.elapsed, self.saved_at = state["step"], state["elapsed"], state["elapsed"]
+        """Go on from what `save` wrote, with any number of ranks."""
+        self.step = state["step"]
+        self.elapsed = self.saved_at = state["elapsed"]
         self.durations, self.costs = state["durations"], state["costs"]
         self.grids = {name: Grid(*values) for name, values in state["grids"].items()}
-        for name, part in self.parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.model.refresh(self.grids)
 
@@ -1215,7 +1219,7 @@ class Trainer:
         """The tokens of this rank's part of a step, (micro-batches, sequences, TRAIN_SEQ_LEN + 1)."""
         per_rank = self.micro_steps * self.micro_seqs
         first = (self.step * self.rt.world_size + self.rt.rank) * per_rank
-        tokens = self.data.train_sequences(range(first, first + per_rank), self.data.spread).to(self.rt.device)
+        tokens = self.data.train_sequences(range(first, first + per_rank), self.data.stride).to(self.rt.device)
         return tokens.view(self.micro_steps, self.micro_seqs, -1)
 
     def train_step(self, lr_scale: float) -> tuple[float, float]:
@@ -1229,10 +1233,8 @@ class Trainer:
             loss += micro_loss.detach()
         self.rt.all_reduce(loss)
         self.rt.all_reduce(self.flat_grad)  # the average over ranks, since each loss is divided by their number
-        grad_norm = self.flat_grad.norm()
-        if self.cfg.grad_clip_norm > 0:
-            self.flat_grad.mul_((self.cfg.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
-        for optimizer in self.optimizers:
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip_norm or math.inf)
+        for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr_scale
                 if "momentum" in group:
@@ -1244,7 +1246,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Untimed steps on the first batch that compile and autotune everything; all state is put back afterwards."""
         begun = step_begun = time.perf_counter()
-        before = copy.deepcopy({name: part.state_dict() for name, part in self.parts().items()})
+        before = copy.deepcopy(self.progress() | {name: part.state_dict() for name, part in self.parts.items()})
         for _ in range(self.cfg.warmup_steps):
             step_begun = time.perf_counter()
             try:
@@ -1253,49 +1255,47 @@ class Trainer:
                 tokens = self.micro_seqs * self.cfg.train_seq_len
                 raise ValueError(f"{tokens} tokens do not fit the GPU: set MICRO_BATCH_TOKENS={tokens // 2}") from None
         steps = f"warm_up steps:{self.cfg.warmup_steps} time:{ms_since(begun)} step_time:{ms_since(step_begun)}"
-        for name, part in self.parts().items():
-            part.load_state_dict(before[name])
-        self.model.refresh()
+        self.restore(before)
         self.rt.log(f"{steps} peak_memory_bytes:{torch.cuda.max_memory_allocated()}")
 
     def calibrate(self) -> None:
         """Find what errors in the rows of all matrices cost: their mean squared gradients on training tokens."""
         begun = time.perf_counter()
-        matrices = {name: p for name, p in self.model.named_parameters() if category(name) != "small"}
-        costs = {name: torch.zeros(len(p), device=self.rt.device) for name, p in matrices.items()}
+        squares = torch.zeros_like(self.flat_grad)
         for tokens in self.calibration_batches:
             self.flat_grad.zero_()
             tokens = tokens.to(self.rt.device)
-            self.model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-            for name, p in matrices.items():
-                costs[name] += p.grad.square().mean(dim=1)  # type: ignore[union-attr]
-        self.costs = {name: self.rt.all_reduce(cost).cpu() for name, cost in costs.items()}
+            self.model(tokens[:, :-1], tokens[:, 1:]).mean().backward()  # too few batches to be worth a graph
+            squares += self.flat_grad.square()
+        self.flat_grad.copy_(self.rt.all_reduce(squares))  # so that p.grad holds the squares
+        for name, p in self.model.named_parameters():
+            if p.grad is not None and category(name) != "small":
+                self.costs[name] = p.grad.mean(dim=1).cpu()
         self.rt.log(f"calibration step:{self.step} time:{ms_since(begun)}")
 
-    def plan_for(self, weights: dict[str, Tensor]) -> Plan:
+    def plan_for(self, weights: Tensors) -> Plan:
         """Grids for these weights, as `export` will choose them; those that the MLP trains on stay."""
-        if not (self.cfg.rate_control and self.costs):
-            return fixed_grids(weights, self.cfg) | self.grids
-        budget = AIM * (self.cfg.artifact_limit_bytes - Path(__file__).stat().st_size)
+        budget = AIM * (self.cfg.artifact_limit_bytes - CODE_BYTES)
         return self.rt.from_rank_0(lambda: grids_for_bytes(weights, self.costs, self.grids, self.cfg, budget))
 
     def start_qat(self) -> None:
         """Switch fake quantization of the MLP on, on the grids of a plan for the weights as they are."""
         begun = time.perf_counter()
-        if self.cfg.rate_control and self.step > 0:
+        if self.cfg.rate_control and self.step > 0:  # before the first step gradients say little: fixed bits
             self.calibrate()
         plan = self.plan_for(self.model.state_dict())
         self.grids = {name: grid for name, grid in plan.items() if category(name) == "mlp"}
-        self.swa = AveragedModel(self.model)  # started anew: snapshots from before would not fit those after
+        self.swa.n_averaged.zero_()  # starts anew: snapshots from before would not fit those after
         self.model.refresh(self.grids)
         self.elapsed = self.clock()
         self.rt.log(f"qat active:1 step:{self.step} time:{ms_since(begun)}")
 
     @torch.no_grad()
-    def quantized_loss(self, weights: dict[str, Tensor]) -> float:
+    def quantized_loss(self, weights: Tensors) -> float:
         """Mean NLL on the calibration tokens of `weights` as they would be stored. The model keeps those."""
         stored = quantize(weights, self.plan_for(weights), self.cfg)
-        self.model.load_weights({name: dequantize(*tensor) for name, tensor in stored.items()}, {})
+        self.model.load_state_dict({name: tensor.dequantize() for name, tensor in stored.items()})
+        self.model.refresh({})
         sums = torch.zeros(2, device=self.rt.device)  # nats, tokens
         for tokens in self.calibration_batches:
             nll = self.model(tokens[:, :-1].to(self.rt.device), tokens[:, 1:].to(self.rt.device))
@@ -1306,25 +1306,23 @@ class Trainer:
         """Choose the last or the averaged weights by their loss on training tokens after quantization; write them."""
         begun = time.perf_counter()
         path = Path("logs", f"{self.cfg.run_id}.weights")
-        candidates = {"last": copy.deepcopy(self.model.state_dict())}
+        candidates = {"last": copy.deepcopy(self.model.state_dict())}  # the choice overwrites the model
         if self.cfg.swa_enabled and self.swa.n_averaged >= 2:
             candidates["swa"] = self.swa.module.state_dict()
-        if self.cfg.swa_always:
-            candidates = dict([candidates.popitem()])
-        chosen, losses = [*candidates][-1], ""
-        grids = {name: tuple(grid) for name, grid in self.grids.items()}
-        trained: Trained = {"config": vars(self.cfg), "data": self.data.identity, "grids": grids, "costs": self.costs}
-        trained |= {"weights": candidates[chosen], "step": self.step, "elapsed": self.elapsed}
+        chosen = list(candidates)[-1]  # the average, where there is one
+        losses = ""
+        trained = self.progress() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))  # before anything that can fail
         if self.cfg.rate_control and not self.costs:
             self.calibrate()
-        if len(candidates) > 1:
+        if len(candidates) > 1 and not self.cfg.swa_always:
             found = {name: self.quantized_loss(weights) for name, weights in candidates.items()}
             chosen = min(found, key=found.__getitem__)
             losses = "".join(f" {name}_loss:{loss:.5f}" for name, loss in found.items())
-        trained |= {"weights": candidates[chosen], "costs": self.costs}
+        trained = self.progress() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))
-        self.model.load_weights(candidates[chosen], self.grids)
+        self.model.load_state_dict(candidates[chosen])
+        self.model.refresh(self.grids)
         self.elapsed = self.clock()
         self.rt.log(f"export weights:{chosen} snapshots:{int(self.swa.n_averaged)}{losses} time:{ms_since(begun)}")
         return trained
@@ -1354,7 +1352,7 @@ class Trainer:
         self.clock_zero = time.perf_counter() - self.elapsed
         while self.step < cfg.iterations and self.elapsed + TIME_MARGIN * max(self.durations, default=0.0) < cap:
             progress = max(self.step / cfg.iterations, self.elapsed / cap)
-            if not self.grids and progress >= cfg.qat_start_frac and cfg.qat_start_frac < 1:
+            if not self.grids and progress >= cfg.qat_start_frac:  # never at 1
                 self.start_qat()
             # The first steps are slow: no measure of those that will fit the cap.
             step_seconds = float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
@@ -1377,6 +1375,7 @@ class Trainer:
         spent = f"train_time:{1000 * self.elapsed:.0f}ms peak_memory_bytes:{torch.cuda.max_memory_allocated()}"
         self.rt.log(f"training stopped:{why} step:{self.step} {spent}")
         self.validate()
+        self.rt.log(f"weights path:logs/{cfg.run_id}.weights (EXPORT_FROM exports them again)")
         return trained
 
 
@@ -1390,8 +1389,8 @@ def log_start(cfg: Config, warnings: list[str], rt: Runtime) -> None:
     """Source, versions, config and overrides: what is needed to run this run again."""
     rt.log(Path(__file__).read_text(encoding="utf-8") + "=" * 100, console=False)
     versions = " ".join(f"{module.__name__}:{module.__version__}" for module in (torch, np, sentencepiece, zstandard))
-    rt.log(f"run id:{cfg.run_id} python:{platform.python_version()} {versions}")
-    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"{platform.machine()} cpus:{os.cpu_count()}"
+    rt.log(f"run id:{cfg.run_id} python:{sys.version.split()[0]} {versions}")
+    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else f"cpus:{os.cpu_count()}"
     number_format = f"compute_dtype:{str(rt.compute_dtype)[6:]} compile:{int(rt.compiles)} flash3:{int(rt.flash3)}"
     rt.log(f"runtime world_size:{rt.world_size} device:{rt.device.type} name:{name} {number_format}")
     rt.log(f"config {json.dumps(vars(cfg))}", console=False)
@@ -1401,9 +1400,12 @@ def log_start(cfg: Config, warnings: list[str], rt: Runtime) -> None:
         rt.log(f"warning: {warning}")
 
 
-def report(model: GPT, data: Data, cfg: Config, rt: Runtime, label: str) -> None:
-    """Log the score of a model by sliding windows; the artifact's under the name that log readers look for, too."""
+def report(weights: Tensors, data: Data, cfg: Config, rt: Runtime, label: str) -> None:
+    """Log the score of weights by sliding windows; the artifact's under the name that log readers look for, too."""
     begun = time.perf_counter()
+    model = GPT(cfg, rt.compute_dtype, rt.flash3)
+    model.load_state_dict(weights)
+    model.to(rt.device).refresh({})
     score = SCORE.format(*evaluate(model, data, rt, cfg.eval_stride or cfg.train_seq_len, cfg.eval_batch_seqs))
     rt.log(f"{label}_sliding stride:{cfg.eval_stride} {score} eval_time:{ms_since(begun)}")
     if label == "final":
@@ -1412,32 +1414,25 @@ def report(model: GPT, data: Data, cfg: Config, rt: Runtime, label: str) -> None
 
 def train(data: Data, cfg: Config, rt: Runtime) -> Trained:
     """Build the model, train it, and return the weights to export, which are on disk then; nothing in a dry run."""
+    state: Trained = {}
+    if cfg.resume:
+        state = rt.from_rank_0(lambda: newest_checkpoint(cfg, data, rt))
+        if "weights" in state:  # training is done
+            return state
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.compute_dtype, rt.flash3)
     model.init_weights()
     trainer = Trainer(model.to(rt.device), data, cfg, rt)
-    counts: Counter[str] = Counter()
-    for name, p in model.named_parameters():
-        counts[category(name)] += p.numel()
-    listed = " ".join(f"{kind}:{count}" for kind, count in counts.items())
-    rt.log(f"model params:{counts.total()} seed:{cfg.seed} {listed}")
+    rt.log(f"model params:{sum(map(Tensor.numel, model.parameters()))} seed:{cfg.seed}")
     micro = f"micro_batch_tokens:{trainer.micro_seqs * cfg.train_seq_len} micro_steps:{trainer.micro_steps}"
     rt.log(f"batch tokens:{cfg.train_batch_tokens} ranks:{rt.world_size} {micro}")
     if rt.device.type == "cuda" or not cfg.dry_run:
         trainer.warm_up()
-    state = rt.from_rank_0(lambda: newest_checkpoint(cfg, data, rt)) if cfg.resume else None
-    if state is not None and "weights" in state:
-        return state
-    if state is not None:
+    if state:
         trainer.restore(state)
     if cfg.dry_run:
         return {}
-    trained = trainer.run()
-    rt.log(f"weights path:logs/{cfg.run_id}.weights (EXPORT_FROM exports them again)")
-    if cfg.eval_float:
-        model.refresh({})
-        report(model, data, cfg, rt, "float")
-    return trained
+    return trainer.run()
 
 
 def main(cfg: Config, warnings: list[str]) -> int:
@@ -1459,27 +1454,32 @@ def main(cfg: Config, warnings: list[str]) -> int:
     if cfg.dry_run:
         rt.log("plan: the run can start")
         return 0
+    if cfg.eval_float and trained:
+        report(trained["weights"], data, cfg, rt, "float")
     artifact = cfg.eval_artifact or rt.from_rank_0(lambda: export(trained, cfg, rt, data.tokenizer_sha256))
-    report(load_artifact(Path(artifact), cfg, rt), data, cfg, rt, "final")
-    size = Path(__file__).stat().st_size + rt.from_rank_0(lambda: Path(artifact).stat().st_size)
-    return OVER_LIMIT if size > cfg.artifact_limit_bytes and not cfg.eval_artifact else 0
+    content = rt.from_rank_0(Path(artifact).read_bytes)  # other nodes lack the file
+    _, stored, _ = decode_artifact(content, artifact, cfg)
+    report({name: tensor.dequantize() for name, tensor in stored.items()}, data, cfg, rt, "final")
+    fits = CODE_BYTES + len(content) <= cfg.artifact_limit_bytes
+    return 0 if fits or cfg.eval_artifact else OVER_LIMIT
 
 
 def command_line() -> int:
     """`main` with readable errors and an exit code: 2 to 4 as above, 128 + n when stopped by signal n."""
-    rank, run_id = os.environ.get("RANK", "0"), ""
 
     def stop(number: int, _: Any) -> None:
         raise KeyboardInterrupt(number)
 
+    rank = os.environ.get("RANK", "0")
+    run_id = ""
     try:
+        handler = stop if rank == "0" else signal.SIG_DFL  # the other ranks just end
+        for number in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+            signal.signal(getattr(signal, number), handler)
         if len(sys.argv) > 1:
             raise ValueError(f"settings are environment variables, not arguments: {sys.argv[1:]}\n{__doc__}")
         cfg, warnings = load_config(os.environ)
         run_id = cfg.run_id
-        handler = stop if rank == "0" else signal.SIG_DFL  # the other ranks just end
-        for number in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-            signal.signal(getattr(signal, number), handler)
         return main(cfg, warnings)
     except KeyboardInterrupt as stopped:
         last = max(checkpoint_paths(run_id) or Path("logs").glob(f"{run_id}.weights"), default=None)

@@ -59,10 +59,9 @@ class Recipe(NamedTuple):
 EMA_OF = "torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)"
 EMA = [
     ("AveragedModel(model)", f"AveragedModel(model, multi_avg_fn={EMA_OF})"),
-    ("AveragedModel(self.model)", f"AveragedModel(self.model, multi_avg_fn={EMA_OF})"),
     ("and self.step % cfg.swa_every == 0", ""),
 ]
-KEEP_AVERAGE = [("        self.swa = AveragedModel(self.model)  # started", "        # started")]
+KEEP_AVERAGE = [("        self.swa.n_averaged.zero_()  # starts", "        # starts")]
 Q_GAIN = "self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))"
 ATTENTION_GATE = [  # per head, from 12 channels of the layer's input
     (Q_GAIN, Q_GAIN + "\n        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, 12))"),

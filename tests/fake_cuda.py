@@ -51,7 +51,7 @@ def check_grids(model: t.GPT, cfg: t.Config) -> None:
     assert isinstance(layer, t.CastedLinear) and layer.rounded is not None
     print("fake quantization", described(layer.rounded))
     costs = {name: torch.ones(len(p)) for name, p in model.named_parameters() if t.category(name) != "small"}
-    plan = t.grids_of_size(0.01, costs, {}, cfg)
+    plan = t.grids_of_step(0.01, costs, {}, cfg)
     model.refresh({name: grid for name, grid in plan.items() if t.category(name) == "mlp"})
     codes, scale = plan["blocks.0.mlp.up_proj.weight"].quantize(layer.weight.detach())
     assert (codes.dtype, scale.dtype) == (torch.int8, torch.float16) and codes.device == scale.device

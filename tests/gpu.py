@@ -47,7 +47,7 @@ On a machine rented by the minute:
 The script is used through its command line, `logs/RUN_ID.txt`, `.ptz` and `.weights`, and these parts of its log:
 
     config {JSON}                               in the file alone       sizes, for the FLOPs of a step
-    model params: attn: mlp: embed:                                     likewise
+    artifact category:attn params:, mlp, embed                          likewise
     data path: val_targets:                                             a built corpus; speed of evaluation
     batch micro_batch_tokens:                                           micro-batch that the script took
     warm_up time: peak_memory_bytes:            in a dry run, too       compile and warm-up seconds, memory
@@ -56,7 +56,7 @@ The script is used through its command line, `logs/RUN_ID.txt`, `.ptz` and `.wei
     checkpoint path:, resume checkpoint: step:                          resume
     export weights: time:                                               choice of weights
     training stopped: step: train_time: peak_memory_bytes:              clock, memory
-    artifact round: plan_time: zstd_time:                               export
+    artifact round: time:                                               export
     artifact path: artifact_bytes: limit:                               size
     float_sliding val_bpb:, final_sliding val_bpb: eval_time:           score
     error: ... set MICRO_BATCH_TOKENS=N         out of memory           advice that stage 6 takes; without, half
@@ -456,9 +456,8 @@ def note_training(session: Session, run: Run, run_id: str) -> None:
     log.figure("calibration_s", run.number("calibration", "time", 1e-3))
     log.figure("qat_switch_s", run.number("qat active", "time", 1e-3))
     log.figure("choice_s", run.number("export weights", "time", 1e-3))
-    rounds = [numbers(run.lines, "artifact round", f"{part}_time") for part in ("plan", "zstd")]
-    for i, parts in enumerate(zip(*rounds, strict=False)):
-        log.figure(f"export_round_{i}_s", sum(parts) / 1000)
+    for i, milliseconds in enumerate(numbers(run.lines, "artifact round", "time")):
+        log.figure(f"export_round_{i}_s", milliseconds / 1000)
     log.figure("steps", run.number("training stopped", "step"))
     trained = run.number("training stopped", "train_time", 1e-3)
     if trained is not None:
@@ -478,7 +477,7 @@ def step_tflop(run: Run, config: dict[str, Any]) -> float | None:
     The tied embedding counts as the output head; the lookup of embeddings and the projection of bigrams do not count.
     Counted here, so that versions of the script can be compared by it whatever they log themselves.
     """
-    attn, mlp, embed = (run.number("model params", kind) for kind in ("attn", "mlp", "embed"))
+    attn, mlp, embed = (run.number(f"artifact category:{kind}", "params") for kind in ("attn", "mlp", "embed"))
     if attn is None or mlp is None or embed is None or not config:
         return None
     attention = config["num_layers"] * config["model_dim"] * config["train_seq_len"]

@@ -65,7 +65,7 @@ def wait_for(process: subprocess.Popen[bytes], folder: Path, log: Path, phase: s
             time.sleep(0.0002)
     if phase == "checkpoint writing":
         pids = descendants(process.pid)
-        while process.poll() is None and not list((folder / "logs").glob("*.ckpt.tmp")):
+        while process.poll() is None and not list((folder / "logs").glob("*.ckpt.tmp*")):
             time.sleep(0.0001)
         kill(pids)  # at once: the file is there for a few milliseconds
         return f"a .ckpt.tmp file after step {step}"
@@ -76,7 +76,7 @@ def wait_for(process: subprocess.Popen[bytes], folder: Path, log: Path, phase: s
 
 def phase_of(log: str, folder: Path) -> str:
     """Where a killed run was, by its last line and the files that it left."""
-    if list((folder / "logs").glob("*.ckpt.tmp")):
+    if list((folder / "logs").glob("*.ckpt.tmp*")):
         return "checkpoint writing"
     if "final_sliding" in log:
         return "after the end"
@@ -104,14 +104,14 @@ def one_kill(work: Path, ranks: int, phase: str, share: float, expected: tuple[b
         if found == phase:
             break
         share *= 0.7
-    torn = len(list((folder / "logs").glob("*.tmp")))
+    torn = len(list((folder / "logs").glob("*.tmp*")))
     code = start(folder, ranks, resumed, resume=1).wait()
     text = resumed.read_text()
     step = re.search(r"resume checkpoint:\S+ step:(\d+)", text)
     artifact = folder / "logs/run.ptz"
     same = code == 0 and artifact.exists() and artifact.read_bytes() == expected[0]
     bpb = code == 0 and score(text) == expected[1]
-    clean = not list((folder / "logs").glob("*.tmp"))
+    clean = not list((folder / "logs").glob("*.ckpt.tmp*"))
     if not (same and bpb and clean):
         print(text[-3000:], file=sys.stderr)
     found += f" ({torn} torn file)" if torn else ""

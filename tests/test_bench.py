@@ -20,7 +20,7 @@ LINES = [
     Line(4.2, "step:5/5 train_loss:6.0 lr_scale:1.0000 grad_norm:1.0 train_time:3500ms step_avg:700.00ms"),
     Line(4.5, "step:5/5 val_loss:5.00000000 val_bpb:3.00000000 train_time:4000ms"),
     Line(5.0, "weights path:logs/x.weights (EXPORT_FROM exports them again)"),
-    Line(6.0, "artifact round:0 model_bytes:9 plan_time:9ms zstd_time:9ms"),
+    Line(6.0, "artifact round:0 model_bytes:9 time:9ms"),
     Line(7.5, "artifact path:logs/x.ptz codec:zstd-22 model_bytes:9 code_bytes:9 artifact_bytes:18 limit:99"),
     Line(9.0, "final_sliding stride:64 val_loss:5.00000000 val_bpb:3.00000000 eval_time:800ms"),
     Line(9.5, "final_int8_zlib_roundtrip_exact val_loss:5.00000000 val_bpb:3.00000000"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from tools import config, model_for, plan_for, runtime, t
+from tools import config, load_artifact, model_for, plan_for, runtime, t
 
 SHA256 = "f" * 64
 SMALL: dict[str, Any] = {"num_layers": 1, "model_dim": 16, "mlp_mult": 1, "bigram_vocab_size": 8, "bigram_dim": 4}
@@ -71,9 +71,9 @@ def test_round_trip(tmp_path: Path, bits: int) -> None:
     assert all(getattr(found, name) == getattr(cfg, name) for name in t.MODEL_FIELDS) and found.seed == 5
     codes = [tensor.values for name, tensor in read.items() if t.category(name) in ("mlp", "attn") and len(tensor) > 1]
     assert min(int(c.min()) for c in codes) >= -(2 ** (bits - 1)) and max(int(c.max()) for c in codes) < 2 ** (bits - 1)
-    model = t.load_artifact(path, other, runtime())
+    model = load_artifact(path, other, runtime())
     assert len(model.blocks) == cfg.num_layers
-    assert all(torch.equal(p, t.dequantize(*stored[name])) for name, p in model.named_parameters())
+    assert all(torch.equal(p, stored[name].dequantize()) for name, p in model.named_parameters())
 
 
 def test_format(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_forged_headers(tmp_path: Path, header: Any) -> None:
         header = sound | {name: value for name, value in header.items() if name not in fields}
     forged(tmp_path / "forged.ptz", header, body)
     with pytest.raises(ValueError, match=r"forged\.ptz"):
-        t.load_artifact(tmp_path / "forged.ptz", cfg, runtime())
+        load_artifact(tmp_path / "forged.ptz", cfg, runtime())
 
 
 @pytest.mark.parametrize("name", ["smear_gate", "bigram.scale", "skip_scale", "blocks.0.mix"])
@@ -195,7 +195,7 @@ def test_forged_codes(tmp_path: Path, name: str) -> None:
     more = shape.numel() + 2 * shape[:1].numel() - 2 * shape.numel()
     forged(tmp_path / "forged.ptz", header, body[: len(body) + min(more, 0)] + bytes(max(more, 0)))
     try:  # a matrix of gains can be read as one of codes
-        model = t.load_artifact(tmp_path / "forged.ptz", cfg, runtime())
+        model = load_artifact(tmp_path / "forged.ptz", cfg, runtime())
         assert len(shape) == 2 and all(p.isfinite().all() for p in model.parameters())
     except ValueError as error:
         assert "forged.ptz" in str(error)
@@ -208,7 +208,7 @@ def test_payload_that_is_cut_or_too_long(tmp_path: Path) -> None:
     for changed in (body[:-1], body[:-2], body[:100], b"", body + b"\0", body + body):
         forged(tmp_path / "forged.ptz", header, changed)
         with pytest.raises(ValueError, match=r"forged\.ptz"):
-            t.load_artifact(tmp_path / "forged.ptz", cfg, runtime())
+            load_artifact(tmp_path / "forged.ptz", cfg, runtime())
     deep = b"[" * 100_000
     for payload in (
         b"",
@@ -220,7 +220,7 @@ def test_payload_that_is_cut_or_too_long(tmp_path: Path) -> None:
     ):
         (tmp_path / "forged.ptz").write_bytes(t.ARTIFACT_MAGIC + zstandard.ZstdCompressor().compress(payload))
         with pytest.raises(ValueError, match=r"forged\.ptz"):
-            t.load_artifact(tmp_path / "forged.ptz", cfg, runtime())
+            load_artifact(tmp_path / "forged.ptz", cfg, runtime())
 
 
 def test_foreign_missing_and_other_version(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_foreign_missing_and_other_version(tmp_path: Path) -> None:
     for content in (b"PK\3\4 something", b"", b"PGPT\1\0\0\0rest", b"PGPT\2\0\0\0rest", b"PGPT\4\0\0\0rest"):
         (tmp_path / "x.ptz").write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.ptz is not an artifact of this script, or of another version"):
-            t.load_artifact(tmp_path / "x.ptz", config(), runtime())
+            load_artifact(tmp_path / "x.ptz", config(), runtime())
     with pytest.raises(FileNotFoundError, match=r"none\.ptz"):
-        t.load_artifact(tmp_path / "none.ptz", config(), runtime())
+        load_artifact(tmp_path / "none.ptz", config(), runtime())
 
 
 def test_nodes_without_the_file(tmp_path: Path) -> None:
@@ -239,8 +239,8 @@ def test_nodes_without_the_file(tmp_path: Path) -> None:
     content = (tmp_path / "a.ptz").read_bytes()
     rt = runtime(rank=1, world_size=2)
     rt.from_rank_0 = lambda make: content  # type: ignore[method-assign]
-    model = t.load_artifact(tmp_path / "elsewhere.ptz", cfg, rt)
-    assert all(torch.equal(p, t.dequantize(*stored[name])) for name, p in model.named_parameters())
+    model = load_artifact(tmp_path / "elsewhere.ptz", cfg, rt)
+    assert all(torch.equal(p, stored[name].dequantize()) for name, p in model.named_parameters())
 
 
 def test_sizes_of_the_model() -> None:

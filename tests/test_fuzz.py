@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from tools import config, model_for, plan_for, runtime, t
+from tools import config, load_artifact, model_for, plan_for, runtime, t
 
 SECONDS, MEMORY = 2.0, 1 << 30  # what one file may take; the memory of them all together
 
@@ -180,13 +180,13 @@ def test_artifacts(artifact: tuple[t.Config, bytes, dict[str, t.Stored]]) -> Non
         """As every rank does with what rank 0 read."""
         rt.from_rank_0 = lambda make: data  # type: ignore[method-assign]
         try:
-            model = t.load_artifact(path, cfg, rt)
+            model = load_artifact(path, cfg, rt)
         except ValueError as error:
             assert str(error).startswith(f"{path} "), error
             raise
         assert not t.config_problems(model.cfg)
         if data[8:] == content[8:]:
-            assert all(torch.equal(p, t.dequantize(*sound[name])) for name, p in model.named_parameters())
+            assert all(torch.equal(p, sound[name].dequantize()) for name, p in model.named_parameters())
 
     load(content)  # also loads what PyTorch loads once, for seconds
     cases = ((name, partial(load, data)) for name, data in artifact_cases(content, shapes))
@@ -216,8 +216,7 @@ def test_shards(tmp_path: Path) -> None:
     def read(data: bytes) -> None:
         """Open, check and read past the end, as a run does."""
         path.write_bytes(data)
-        shards = t.TokenShards(str(tmp_path / "fineweb_train_*.bin"), 320)
-        shards.check_ends(100)
+        shards = t.TokenShards(str(tmp_path / "fineweb_train_*.bin"), 320, 100)
         tokens = shards.read(shards.total - 5, 10).numpy()
         assert len(tokens) == 10 and 0 <= tokens.min() <= tokens.max() < 320
         expected = np.frombuffer(data, "<u2", offset=1024).astype(np.int64)

@@ -401,7 +401,7 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     counts: Counter[str] = Counter()
     for name, p in model.named_parameters():
         counts[t.category(name)] += p.numel()
-    run = Run([f"model params:1 attn:{counts['attn']} mlp:{counts['mlp']} embed:{counts['embed']}"])
+    run = Run([f"artifact category:{kind} params:{count} bytes:1" for kind, count in counts.items()])
     ids = torch.zeros(cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, ids).mean().backward()
@@ -507,8 +507,8 @@ step:20/400 train_loss:5.5 lr_scale:0.5000 grad_norm:1.0 train_time:3600ms step_
 step:30/400 train_loss:5.4 lr_scale:0.5000 grad_norm:1.0 train_time:4600ms step_avg:153.33ms
 export weights:swa snapshots:3 last_loss:5.40000 swa_loss:5.30000 time:2250ms
 training stopped:wallclock_cap step:30 train_time:44500ms peak_memory_bytes:31000000000
-artifact round:0 model_bytes:16400000 plan_time:3000ms zstd_time:9000ms
-artifact round:1 model_bytes:15900000 plan_time:500ms zstd_time:8000ms
+artifact round:0 model_bytes:16400000 time:12000ms
+artifact round:1 model_bytes:15900000 time:8500ms
 artifact path:logs/x.ptz codec:zstd-22 model_bytes:15900000 code_bytes:90000 artifact_bytes:15990000 limit:16000000"""
 
 

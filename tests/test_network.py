@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tools import config, hidden, mlp_grids, model_for, runtime, t
+from tools import config, hidden, load_weights, mlp_grids, model_for, runtime, t
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -119,7 +119,7 @@ def test_value_residual_off_is_a_mix_of_nothing() -> None:
     state = plain.state_dict()
     names = mixed.state_dict().keys() - state.keys()
     assert names == {f"blocks.{i}.attn.value_mix" for i in (1, 2)}
-    mixed.load_weights(state | dict.fromkeys(names, torch.tensor([1.0, 0.0])), {})
+    load_weights(mixed, state | dict.fromkeys(names, torch.tensor([1.0, 0.0])), {})
     plain.refresh({})
     ids, targets = tokens()
     assert torch.equal(plain(ids, targets), mixed(ids, targets))
@@ -157,7 +157,7 @@ def test_attention_kernels_agree(backend: SDPBackend, monkeypatch: pytest.Monkey
     losses, grads = [], []
     for flash3 in (False, True):
         model = t.GPT(cfg, torch.float32, flash3)
-        model.load_weights(model_for(cfg).state_dict(), {})
+        load_weights(model, model_for(cfg).state_dict(), {})
         with sdpa_kernel(backend):
             losses.append(model(ids, targets))
             losses[-1].mean().backward()
@@ -205,7 +205,7 @@ def test_compiled_forward_under_qat_is_that_of_the_stored_weights() -> None:
         torch.testing.assert_close(trained, model(ids, targets), atol=1e-5, rtol=1e-5)
         state = model.state_dict()
         stored = t.quantize({name: state[name] for name in mlp_grids(cfg)}, mlp_grids(cfg), cfg)
-        model.load_weights(state | {name: t.dequantize(*tensor) for name, tensor in stored.items()}, {})
+        load_weights(model, state | {name: tensor.dequantize() for name, tensor in stored.items()}, {})
         assert torch.equal(compiled(ids, targets), trained) and not torch.equal(trained, off)
 
 
@@ -221,7 +221,7 @@ def test_refresh_changes_the_forward() -> None:
     assert not torch.equal(on, off) and torch.equal(off, model_for(cfg, qat=False)(ids, targets))
     model.refresh()
     assert torch.equal(model(ids, targets), off)
-    model.load_weights(model.state_dict(), mlp_grids(cfg))
+    load_weights(model, model.state_dict(), mlp_grids(cfg))
     assert torch.equal(model(ids, targets), on)
 
 
@@ -230,7 +230,7 @@ def test_bf16_forward_stays_close_and_in_bf16() -> None:
     cfg, (ids, targets) = config(), tokens()
     exact = model_for(cfg, qat=False)
     model = t.GPT(cfg, torch.bfloat16)
-    model.load_weights(exact.state_dict(), {})
+    load_weights(model, exact.state_dict(), {})
     assert hidden(model, ids).dtype == torch.bfloat16
     nll = model(ids, targets)
     assert nll.dtype == torch.float32 and abs(nll.mean() - exact(ids, targets).mean()) < 0.02
@@ -252,7 +252,7 @@ def test_optimizers_own_everything_once() -> None:
     """Matrices by Muon, embeddings and small ones by AdamW; gradients are views of one buffer and stay so."""
     trainer = trainer_for()
     named = dict(trainer.model.named_parameters())
-    adamw, muon = trainer.optimizers
+    adamw, muon = trainer.optimizers["adamw"], trainer.optimizers["muon"]
     owned = {id(p) for p in muon.param_groups[0]["params"]}
     assert {name for name, p in named.items() if id(p) in owned} == {n for n in named if n.endswith("_proj.weight")}
     assert {id(p) for p in adamw.param_groups[0]["params"]} == {
@@ -278,7 +278,7 @@ def test_gradient_clipping(grad_clip_norm: float) -> None:
     before is returned."""
     trainer = trainer_for(grad_clip_norm=grad_clip_norm)
     seen: list[float] = []
-    trainer.optimizers[0].register_step_pre_hook(lambda *_: seen.append(float(trainer.flat_grad.norm())))
+    trainer.optimizers["adamw"].register_step_pre_hook(lambda *_: seen.append(float(trainer.flat_grad.norm())))
     norm = trainer.train_step(1.0)[1]
     assert norm > 0.1 and seen == [pytest.approx(min(grad_clip_norm or norm, norm), rel=1e-3)]
 
@@ -291,7 +291,7 @@ def test_micro_batches_add_up() -> None:
         for rank in range(ranks):
             trainer = trainer_for(rank, ranks, micro_batch_tokens=micro, grad_clip_norm=0)
             grads: list[torch.Tensor] = []
-            hook = trainer.optimizers[0].register_step_pre_hook
+            hook = trainer.optimizers["adamw"].register_step_pre_hook
             hook(lambda *_, grads=grads, trainer=trainer: grads.append(trainer.flat_grad.clone()))
             loss += trainer.train_step(1.0)[0]
             grad = grad + grads[0]
@@ -374,8 +374,8 @@ def test_momentum_rises_and_falls(step: int, lr_scale: float, expected: float) -
         trainer = trainer_for(**changes)
         trainer.step = step
         trainer.train_step(lr_scale)
-        assert trainer.optimizers[1].param_groups[0]["momentum"] == pytest.approx(expected)
-        assert trainer.optimizers[1].param_groups[0]["lr"] == pytest.approx(0.01)
+        assert trainer.optimizers["muon"].param_groups[0]["momentum"] == pytest.approx(expected)
+        assert trainer.optimizers["muon"].param_groups[0]["lr"] == pytest.approx(0.01)
     assert t.muon_momentum_at(0, 1.0, config(muon_momentum_warmup_steps=0)) == 0.99
 
 
@@ -409,9 +409,9 @@ def test_calibration_reads_what_spread_order_reaches_last(sequence_order: str, r
     assert all(tokens.shape[0] * 32 <= t.CALIBRATION_BATCH for part in parts for tokens in part)
     got = torch.cat([tokens for part in parts for tokens in part])
     numbers = range(data.num_windows - 6500 // 32, data.num_windows)
-    expected = [data.train.read(n * data.stride % data.num_windows * 32, 33).tolist() for n in numbers]
+    expected = [data.train.read(n * data.spread_stride % data.num_windows * 32, 33).tolist() for n in numbers]
     assert sorted(got.tolist()) == sorted(expected)
-    first = data.train_sequences(range(data.num_windows - len(expected)), spread=True).tolist()
+    first = data.train_sequences(range(data.num_windows - len(expected)), data.spread_stride).tolist()
     assert not {tuple(sequence) for sequence in first} & {tuple(sequence) for sequence in expected}
 
 
@@ -438,7 +438,7 @@ def test_cuda_training_step() -> None:
     """One compiled bf16 step on a GPU."""
     cfg = config(compute_dtype="bfloat16", model_dim=128)
     model = t.GPT(cfg, torch.bfloat16)
-    model.load_weights(model_for(cfg).state_dict(), mlp_grids(cfg))
+    load_weights(model, model_for(cfg).state_dict(), mlp_grids(cfg))
     model.cuda()
     ids = torch.randint(0, 320, (8, 32), device="cuda")
     loss = torch.compile(model, fullgraph=True, dynamic=False)(ids, ids).mean()

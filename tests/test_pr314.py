@@ -47,9 +47,10 @@ def losses(folder: Path, qat: bool) -> list[float]:
     cfg = config(**(SETTINGS | frozen))
     t.write_shard(folder / "fineweb_train_000000.bin", fixed_tokens())
     data = t.Data.__new__(t.Data)
-    data.seq_len, data.spread = cfg.train_seq_len, cfg.sequence_order == "spread"
-    data.train = t.TokenShards(str(folder / "*.bin"), cfg.vocab_size)
-    data.num_windows, data.stride = (data.train.total - 1) // data.seq_len, 1
+    assert cfg.sequence_order == "file"
+    data.seq_len, data.stride, data.spread_stride = cfg.train_seq_len, 1, 1
+    data.train = t.TokenShards(str(folder / "*.bin"), cfg.vocab_size, 1)
+    data.num_windows = (data.train.total - 1) // data.seq_len
     model = t.GPT(cfg, torch.float32)
     fixed_weights(model)
     model.refresh()

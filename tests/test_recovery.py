@@ -554,7 +554,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert done.code == 0 and done.out.endswith("\nplan: the run can start\n"), done
     for pattern in (
         r"runtime world_size:8 device:cpu ",
-        r"model params:\d+ .*mlp:\d+",
+        r"model params:\d+ seed:\d+$",
         r"data path:\S+ val_tokens:\d+ val_targets:\d+",
         r"data train_shards:1 train_tokens:\d+ windows:\d+",
         r"batch tokens:1024 ranks:8 micro_batch_tokens:128 micro_steps:1$",

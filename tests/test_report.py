@@ -43,7 +43,7 @@ def own_log(seed: int, loss: float, **changes: Any) -> str:
         f"config overrides: SEED={seed} DEMO={config['demo']}",
         f"data path:{config['data_path']} val_tokens:{targets + 1} val_targets:{targets}",
         "data train_shards:80 train_tokens:8000000000 windows:3906249",
-        f"model params:10 seed:{seed} small:0 embed:5 mlp:5",
+        f"model params:10 seed:{seed}",
         "batch tokens:1000 ranks:8 micro_batch_tokens:125 micro_steps:1",
         "warm_up steps:20 time:31200ms step_time:90ms peak_memory_bytes:1",
     ]
@@ -72,8 +72,8 @@ def own_log(seed: int, loss: float, **changes: Any) -> str:
     return "\n".join(lines + [
         f"weights path:logs/r{seed}.weights (EXPORT_FROM exports them again)",
         f"float_sliding stride:64 val_loss:{floats:.8f} val_bpb:{bpb(floats):.8f} eval_time:9ms",
-        "artifact round:0 model_bytes:16310000 plan_time:9000ms zstd_time:9000ms",
-        f"artifact round:1 model_bytes:{total - 90000} plan_time:900ms zstd_time:9000ms",
+        "artifact round:0 model_bytes:16310000 time:18000ms",
+        f"artifact round:1 model_bytes:{total - 90000} time:9900ms",
         "artifact category:mlp params:5 bytes:8000000 bits_per_weight:3.500 levels:15",
         "artifact category:embed params:5 bytes:2000000 bits_per_weight:6.100 levels:70",
         f"artifact path:logs/r{seed}.ptz codec:zstd-22 {sizes} headroom_bytes:{16_000_000 - total}",

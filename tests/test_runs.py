@@ -37,11 +37,11 @@ def test_log_contract(finished: tuple[Path, str]) -> None:
     assert t.json.loads(config_line.removeprefix("config "))["iterations"] == 20 and config_line not in output
     n, whole = r"[0-9.]+", r"\d+"
     for pattern in (
-        rf"runtime world_size:1 device:cpu name:\S+ cpus:{whole} compute_dtype:float32 compile:0 flash3:0",
+        rf"runtime world_size:1 device:cpu name:cpus:{whole} compute_dtype:float32 compile:0 flash3:0",
         r"config overrides: .*\bITERATIONS=20\b",
         rf"data path:\S+ val_tokens:{whole} val_targets:{whole}",
         rf"data train_shards:1 train_tokens:{whole} windows:{whole}",
-        rf"model params:{whole} seed:42 .*mlp:{whole}",
+        rf"model params:{whole} seed:42$",
         r"batch tokens:256 ranks:1 micro_batch_tokens:256 micro_steps:1",
         rf"warm_up steps:0 time:{whole}ms",
         rf"qat active:1 step:0 time:{whole}ms",
@@ -106,7 +106,7 @@ def test_quantization_starts_at_its_share(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_average_starts_anew_with_quantization(tmp_path: Path) -> None:
     """Snapshots from before would not fit those after: the exported mean is that of the last two steps alone."""
-    seen: list[t.Weights] = []
+    seen: list[t.Tensors] = []
     with pytest.MonkeyPatch.context() as patch:
 
         def note(_: Any, model: t.GPT) -> None:
@@ -248,13 +248,13 @@ def test_ranks_train_alike(one_rank: tuple[Path, str], tmp_path: Path, ranks: in
     assert again.code == 0 and values(again.out, "val_bpb")[-1] == pytest.approx(values(out, "val_bpb")[-1], abs=1e-6)
 
 
-def weights_of(path: Path) -> t.Weights:
+def weights_of(path: Path) -> t.Tensors:
     """What an artifact stores."""
     _, stored, _ = t.decode_artifact(path.read_bytes(), str(path), config())
-    return {name: t.dequantize(*tensor) for name, tensor in stored.items()}
+    return {name: tensor.dequantize() for name, tensor in stored.items()}
 
 
-def relative_difference(a: t.Weights, b: t.Weights) -> float:
+def relative_difference(a: t.Tensors, b: t.Tensors) -> float:
     """Norm of a - b over that of a."""
     assert a.keys() == b.keys()
     squares = [[float(x.square().sum()) for x in (a[name] - b[name], a[name])] for name in a]

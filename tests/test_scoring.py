@@ -78,10 +78,10 @@ def test_what_a_run_reports() -> None:
     t.Trainer(model, data, cfg, rt).validate()
     assert plain in rt.lines[-1] and rt.lines[-1].startswith("step:0/6 val_loss:")
     for stride, expected in ((0, plain), (32, plain), (8, sliding)):
-        t.report(model, data, config(eval_stride=stride, eval_batch_seqs=8), rt, "final")
+        t.report(model.state_dict(), data, config(eval_stride=stride, eval_batch_seqs=8), rt, "final")
         assert rt.lines[-2].startswith(f"final_sliding stride:{stride} {expected} eval_time:")
         assert rt.lines[-1] == f"final_int8_zlib_roundtrip_exact {expected}"
-    t.report(model, data, cfg, rt, "float")
+    t.report(model.state_dict(), data, cfg, rt, "float")
     assert rt.lines[-1].startswith("float_sliding stride:8 ")
 
 

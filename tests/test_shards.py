@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_cut_shard(tmp_path: Path, size: int) -> None:
 def test_no_shards(tmp_path: Path) -> None:
     """The message says where to get data and that DEMO=1 needs none."""
     with pytest.raises(FileNotFoundError, match="DEMO=1"):
-        t.TokenShards(f"{tmp_path}/fineweb_train_*.bin", 320)
+        t.TokenShards(f"{tmp_path}/fineweb_train_*.bin", 320, 1)
 
 
 @pytest.mark.parametrize("block", [100, t.CHECKED_TOKENS])
@@ -96,16 +97,15 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, block: int) -> None:
     tokens[block + 5] = 999
     t.write_shard(tmp_path / "a.bin", tokens)
     t.write_shard(tmp_path / "b.bin", np.zeros(7))
-    shards = t.TokenShards(f"{tmp_path}/?.bin", 320)
-    shards.check_ends(block)
+    shards = t.TokenShards(f"{tmp_path}/?.bin", 320, block)
     with pytest.raises(ValueError, match=r"a\.bin.*token id 999 is beyond VOCAB_SIZE=320"):
         shards.read(block, 10)
     with pytest.raises(ValueError, match="token id 999"):
-        shards.check_ends(max(map(len, shards.shards)))
+        t.TokenShards(f"{tmp_path}/?.bin", 320, 3 * block)
     for part in (tokens[: block + 6], tokens[6:], tokens[block + 5 : block + 6]):
         t.write_shard(tmp_path / "b.bin", part)
         with pytest.raises(ValueError, match=r"b\.bin.*token id 999"):
-            t.TokenShards(f"{tmp_path}/?.bin", 320).check_ends(block)
+            t.TokenShards(f"{tmp_path}/?.bin", 320, block)
 
 
 def test_damaged_data_stops_a_run_at_its_start(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_reading_wraps_over_shards(tmp_path: Path) -> None:
     """Positions run through the shards in order and around."""
     for i in range(3):
         t.write_shard(tmp_path / f"s{i}.bin", np.arange(10 * i, 10 * i + 10))
-    shards = t.TokenShards(f"{tmp_path}/s*.bin", 320)
+    shards = t.TokenShards(f"{tmp_path}/s*.bin", 320, 1)
     assert shards.total == 30
     assert shards.read(8, 5).tolist() == [8, 9, 10, 11, 12] and shards.read(8, 5).dtype == torch.int64
     assert shards.read(27, 8).tolist() == [27, 28, 29, 0, 1, 2, 3, 4]
@@ -153,9 +153,6 @@ class Positions:
         self.total = total
         self.shards = [range(total)]
 
-    def check_ends(self, count: int) -> None:
-        """Nothing to check."""
-
     def read(self, start: int, count: int) -> torch.Tensor:
         """Positions, not wrapped."""
         return torch.arange(start, start + count)
@@ -163,8 +160,8 @@ class Positions:
 
 def order_of(windows: int, monkeypatch: pytest.MonkeyPatch) -> t.Data:
     """Data of so many windows, which read positions."""
-    monkeypatch.setattr(t, "TokenShards", lambda *_: Positions(32 * windows + 1))
-    monkeypatch.setattr(t, "token_bytes", lambda _: (torch.zeros(2, 320), torch.zeros(320)))
+    monkeypatch.setattr(t, "TokenShards", lambda *_, **__: Positions(32 * windows + 1))
+    monkeypatch.setattr(t, "token_bytes", lambda *_: (torch.zeros(2, 320), torch.zeros(320)))
     data = t.Data(config(), runtime())
     monkeypatch.undo()
     assert data.num_windows == windows
@@ -179,7 +176,7 @@ def test_every_window_once_before_any_twice(monkeypatch: pytest.MonkeyPatch) -> 
     for windows in COUNTS[:-3]:
         data = order_of(windows, monkeypatch)
         for spread in (False, True):
-            sequences = data.train_sequences(range(2 * windows), spread)
+            sequences = data.train_sequences(range(2 * windows), data.stride if spread else 1)
             assert sequences.shape == (2 * windows, 33)
             starts = sequences[:, 0].tolist()
             assert sorted(starts[:windows]) == list(range(0, 32 * windows, 32))
@@ -196,7 +193,7 @@ def test_stride_is_coprime_and_near_the_golden_share(monkeypatch: pytest.MonkeyP
         assert data.stride >= nearest
         assert all(math.gcd(between, windows) > 1 for between in range(nearest, data.stride))
         assert windows < 100 or abs(data.stride / windows - 0.618) < 0.05
-        assert [int(x) // 32 for x in data.train_sequences([0, 1, 2], True)[:, 0]] == [
+        assert [int(x) // 32 for x in data.train_sequences([0, 1, 2], data.stride)[:, 0]] == [
             n * data.stride % windows for n in range(3)
         ]
 
@@ -208,7 +205,7 @@ def test_each_batch_covers_all_data(windows: int, monkeypatch: pytest.MonkeyPatc
     for batch in (8, 24, 64):
         for first in (0, batch, 1000 * batch):
             numbers = range(first, first + batch)
-            places = sorted(data.train_sequences(numbers, True)[:, 0].tolist())
+            places = sorted(data.train_sequences(numbers, data.stride)[:, 0].tolist())
             gaps = np.diff([*places, places[0] + 32 * windows])
             assert gaps.max() < 3.5 * 32 * windows / batch
 
@@ -230,7 +227,8 @@ def batches(data: t.Data, ranks: int, steps: int, **changes: Any) -> list[list[l
 def test_ranks_read_the_same_sequences(order: str) -> None:
     """1, 2 and 4 ranks together, whatever the micro-batches: those of the step, in the order of the run."""
     data = t.Data(config(sequence_order=order), runtime())
-    stride = data.stride if order == "spread" else 1
+    stride = data.spread_stride if order == "spread" else 1
+    assert stride == data.stride
     expected = [
         [data.train.read(n * stride % data.num_windows * 32, 33).tolist() for n in range(8 * step, 8 * step + 8)]
         for step in range(3)
@@ -248,8 +246,8 @@ def test_sequences_run_over_shards(tmp_path: Path) -> None:
     tokens = np.arange(300)
     data = data_of(tmp_path, tokens[:50], tokens[50:51], tokens[51:], sequence_order="file")
     assert data.num_windows == 9 and data.identity["train_tokens"] == 300
-    assert data.train_sequences(range(9), False)[:, 0].tolist() == list(range(0, 288, 32))
-    assert data.train_sequences([1], False).tolist() == [list(range(32, 65))]
+    assert data.train_sequences(range(9), data.stride)[:, 0].tolist() == list(range(0, 288, 32))
+    assert data.train_sequences([1], data.stride).tolist() == [list(range(32, 65))]
 
 
 @pytest.mark.parametrize("order", ["spread", "file"])
@@ -277,7 +275,7 @@ def test_corpus_smaller_than_a_batch(tmp_path: Path, tokens: int, order: str) ->
 
 def counted(ids: torch.Tensor) -> list[int]:
     """Bytes of each token but the first, by the tables of the tiny corpus's tokenizer."""
-    sizes, boundary = t.token_bytes(tokenizer())
+    sizes, boundary = t.token_bytes(tokenizer(), torch.device("cpu"))
     assert sizes.shape == (2, 320) and boundary.shape == (320,)
     return sizes[boundary[ids[:-1]], ids[1:]].tolist()
 
@@ -288,7 +286,7 @@ def test_byte_counts_equal_the_text() -> None:
     for text in ("hello world", "caf\u00e9 \U0001f600 \u4e16\u754c 123  x", "a\tb\nc", "\U00010348", " leading"):
         ids = torch.tensor([sp.bos_id(), *sp.encode(text)])
         assert sum(counted(ids)) == len(sp.decode(ids.tolist()).encode())
-    val = t.TokenShards(f"{corpus()}/fineweb_val_*.bin", 320)
+    val = t.TokenShards(f"{corpus()}/fineweb_val_*.bin", 320, 1)
     ids = val.read(0, val.total)
     assert sum(counted(ids)) == len(sp.decode(ids.tolist()).encode())
 
@@ -411,7 +409,7 @@ def test_too_little_text(tmp_path: Path, text: str) -> None:
     """A readable refusal, and nothing is left behind."""
     with pytest.raises(ValueError, match="no tokenizer of VOCAB_SIZE=320 from this text: give more of it"):
         t.build_corpus([text], tmp_path / "cache" / "corpus", 320)
-    assert not list(tmp_path.rglob("*corpus*")) and not list(tmp_path.rglob("building-*"))
+    assert not list(tmp_path.rglob("*corpus*"))
 
 
 def test_repeats_are_dropped_before_holding_out(tmp_path: Path) -> None:
@@ -426,43 +424,44 @@ def test_repeats_are_dropped_before_holding_out(tmp_path: Path) -> None:
         assert all(part[i : i + 100] not in train for i in range(0, len(part) - 100, 50))
 
 
-@pytest.mark.parametrize("fails_at", [0, 1])
-def test_all_files_of_a_corpus_or_none(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure at either shard leaves nothing behind, and the next attempt succeeds."""
-    write_shard, calls = t.write_shard, []
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_corpus_cut_off_is_built_again(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure at any of its files leaves no half file and no corpus that counts as whole; the next run builds it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(text_of(0, 5000))
+    write, calls = t.write_atomically, []
 
-    def fail(path: Path, tokens: np.ndarray) -> None:
+    def fail(path: Path, content: bytes) -> None:
         """The disk is full at one of the calls."""
-        assert not folder.exists()
         calls.append(path)
         if len(calls) == fails_at + 1:
             raise OSError("No space left on device")
-        write_shard(path, tokens)
+        write(path, content)
 
-    folder, texts = tmp_path / "cache" / "corpus", [text_of(0, 5000)]
+    cfg, rt = config(text_files="a.txt"), runtime()
     with monkeypatch.context() as patch:
-        patch.setattr(t, "write_shard", fail)
+        patch.setattr(t, "write_atomically", fail)
         with pytest.raises(OSError, match="No space left"):
-            t.build_corpus(texts, folder, 320)
-    assert len(calls) == fails_at + 1 and not list((tmp_path / "cache").iterdir())
-    t.build_corpus(texts, folder, 320)
-    assert len(contents(folder)) == 3
+            t.corpus_paths(cfg, rt)
+    folder = next((tmp_path / "logs" / "cache").iterdir())
+    assert len(calls) == fails_at + 1 and len(contents(folder)) == fails_at
+    assert t.corpus_paths(cfg, rt) == (str(Path("logs/cache", folder.name)), str(calls[-1].parent / "tokenizer.model"))
+    assert len(contents(folder)) == 3 and sum("building" in line for line in rt.lines) == 2
 
 
 def test_another_run_was_faster(tmp_path: Path) -> None:
-    """What it built stays."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "theirs").write_text("x")
-    t.build_corpus([text_of(0, 5000)], folder, 320)
-    assert contents(folder) == {"theirs": b"x"} and list(tmp_path.iterdir()) == [folder]
+    """Two runs that build a corpus at once write the same files, each whole at any time."""
+    t.build_corpus([text_of(0, 5000)], tmp_path / "corpus", 320)
+    theirs = contents(tmp_path / "corpus")
+    t.build_corpus([text_of(0, 5000)], tmp_path / "corpus", 320)
+    assert contents(tmp_path / "corpus") == theirs and len(theirs) == 3
 
 
 def test_corpus_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is made of what is installed, without a download, enough for some 800,000 tokens; cached by content, too."""
     texts = t.read_texts(config(demo=1))
     assert 2_500_000 < len("".join(set(texts))) < 6_000_000
-    assert {np.linalg.svd.__doc__, torch.nn.Linear.__doc__, t.topics["assert"]} <= set(texts)
+    assert {inspect.getdoc(np.linalg.svd), inspect.getdoc(torch.nn.Linear), t.topics["assert"]} <= set(texts)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(t, "topics", dict(list(t.topics.items())[:30]))
     monkeypatch.setattr(t, "DOCUMENTED", (np.linalg,))

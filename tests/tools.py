@@ -112,6 +112,20 @@ def model_for(cfg: t.Config, qat: bool = True, seed: int = 0) -> t.GPT:
     return model
 
 
+def load_weights(model: t.GPT, weights: t.Tensors, grids: t.Plan) -> None:
+    """Take over all weights, and the grids that the MLP trains on (empty: none)."""
+    model.load_state_dict(weights)
+    model.refresh(grids)
+
+
+def load_artifact(path: Path, cfg: t.Config, rt: t.Runtime) -> t.GPT:
+    """The model of an artifact."""
+    cfg, stored, _ = t.decode_artifact(rt.from_rank_0(path.read_bytes), str(path), cfg)
+    model = t.GPT(cfg, rt.compute_dtype)
+    load_weights(model, {name: tensor.dequantize() for name, tensor in stored.items()}, {})
+    return model
+
+
 def run(cwd: Path, ranks: int = 0, **changes: Any) -> subprocess.CompletedProcess[str]:
     """The script in `cwd` with a clean environment; under torchrun where `ranks` is not 0."""
     env = {k: os.environ[k] for k in ("PATH", "HOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE") if k in os.environ}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import zstandard
-from tools import runtime, t
+from tools import load_weights, runtime, t
 
 ENTROPY_TO_FILE = 1.02  # what level 22 made of the entropy when the exponents were compared
 EXPONENTS = (  # within a matrix, between matrices, share of the matrix's mean that is added to the cost of a row
@@ -49,7 +49,7 @@ def exponents(trained: dict[str, Any], bits: float, args: argparse.Namespace) ->
     model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean()
 
     def plan_of(size: float, within: float, between: float, share: float) -> t.Plan:
-        """`grids_of_size` with other exponents."""
+        """`grids_of_step` with other exponents."""
         plan = {}
         for name, cost in costs.items():
             matrix = (cost.mean() / model_mean).clamp(min=t.LEAST_COST)
@@ -59,15 +59,15 @@ def exponents(trained: dict[str, Any], bits: float, args: argparse.Namespace) ->
 
     for variant in EXPONENTS:
         fine, coarse = t.FINEST, t.COARSEST
-        for _ in range(t.SIZE_ROUNDS):
+        for _ in range(t.BISECTIONS):
             middle = (fine + coarse) / 2
-            if t.coded_bytes(weights, plan_of(2**middle, *variant)) > budget:
+            if t.coded_bytes(weights, plan_of(2**middle, *variant), cfg) > budget:
                 fine = middle
             else:
                 coarse = middle
         stored = t.quantize(weights, plan_of(2**coarse, *variant), cfg)
         model = t.GPT(cfg, torch.float32)
-        model.load_weights({name: t.dequantize(*tensor) for name, tensor in stored.items()}, {})
+        load_weights(model, {name: tensor.dequantize() for name, tensor in stored.items()}, {})
         _, bpb = t.evaluate(model, data, rt, cfg.train_seq_len, 16)
         print(f"bits:{bits} within, between, share:{variant} val_bpb:{bpb:.5f}", flush=True)
 
