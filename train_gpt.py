@@ -135,14 +135,10 @@ class Config:
     grad_clip_norm: float = knob(0.3, "global gradient norm limit (0 = off)", ">= 0")
     # weight averaging and quantization
     swa_enabled: bool = knob(True, "1: average weights over the warmdown (SWA)")
-    swa_start_frac: float = knob(
-        0.4, "snapshots once lr_scale is below this; the start of QAT discards older ones", ">= 0", "<= 1"
-    )
+    swa_start_frac: float = knob(0.4, "snapshots below this lr_scale; QAT starts anew with them", ">= 0", "<= 1")
     swa_every: int = knob(50, "steps between snapshots", ">= 1")
-    swa_always: bool = knob(False, "1: export the average; 0: it or the last weights, by the loss on training tokens")
-    qat_start_frac: float = knob(
-        0.92, "share of steps or cap done when fake quantization starts (1 = never)", ">= 0", "<= 1"
-    )
+    swa_always: bool = knob(False, "1: export the average, if any; 0: it or the last weights, by their loss")
+    qat_start_frac: float = knob(0.92, "share of steps or cap done when QAT starts (1 = never)", ">= 0", "<= 1")
     rate_control: bool = knob(True, "1: one step size for all matrices, such that the limit is filled; 0: fixed bits")
     calibration_tokens: int = knob(65536, "training tokens that weigh errors and choose the weights", ">= 1")
     calibration_reserve: float = knob(0.02, "share of the cap kept for the choice of weights", ">= 0", "< 1")
@@ -385,7 +381,8 @@ class TokenShards:
         self.total = int(self.starts[-1])
         for start, end in itertools.pairwise(self.starts.tolist()):
             self.read(start, min(checked, end - start))
-            self.read(max(start, end - checked), min(checked, end - start))
+            if checked < end - start:
+                self.read(end - checked, checked)
 
     def read(self, start: int, count: int) -> Tensor:
         """`count` tokens (int64) from position `start` on, wrapping at the end; ValueError for an id that is none."""
@@ -404,7 +401,7 @@ class TokenShards:
 
 
 def token_bytes(sp: sentencepiece.SentencePieceProcessor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(bytes of each token (2, V): row 1 after a boundary; boundaries (V,): 1 for control, unknown, unused tokens)."""
+    """(bytes[is the previous one a boundary, token] (2, V); boundaries (V,): 1 for control, unknown, unused tokens)."""
     sizes = torch.zeros(2, sp.vocab_size(), dtype=torch.long)
     boundary = torch.zeros(sp.vocab_size(), dtype=torch.long)
     for i in range(sp.vocab_size()):
@@ -463,7 +460,8 @@ def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
     if not (cfg.demo or cfg.text_files):
         return cfg.data_path, cfg.tokenizer_path
     texts = read_texts(cfg)
-    key = hashlib.sha256(json.dumps([cfg.vocab_size, TOKENIZER_OPTIONS, texts]).encode()).hexdigest()
+    made_of = [cfg.vocab_size, TOKENIZER_OPTIONS, DOCUMENT_CHARS, HELD_OUT_CHARS, texts]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     folder = Path("logs", "cache", f"corpus-{key[:16]}")  # other content has another name
     if not (folder / "tokenizer.model").is_file():
         rt.log(f"corpus building:{folder} texts:{len(texts)} characters:{sum(map(len, texts))}")
@@ -517,8 +515,9 @@ class Data:
 
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------
-# When fake quantization starts, and again for the export, a `Plan` gives each matrix a `Grid`: a step per row, by what
-# errors there cost (`Trainer.calibrate`), such that all weights fill the limit. The MLP keeps the grids it trained on.
+# A `Plan` gives each matrix a `Grid`: integers times a scale per row. Rows whose errors cost more (`Trainer.calibrate`)
+# get finer scales, and one step size for all fills the limit. A plan is made at the start of QAT, whose grids of the
+# MLP stay, and for the export.
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # the range of fp16, in which scales are stored
 FIXED_BITS = {"mlp": 4, "attn": 5, "bigram": 5}  # without RATE_CONTROL
@@ -553,7 +552,7 @@ class Grid(NamedTuple):
     bits: int
     step: Tensor | None = None  # (R,); without it, the largest weight of a row gets the largest integer
 
-    def scale(self, weight: Tensor) -> Tensor:
+    def row_scales(self, weight: Tensor) -> Tensor:
         """Scale per row of `weight` (R, C): fp16 values as fp32 (R,). Not under torch.compile, which drops rounding."""
         scale = weight.abs().amax(dim=1) / (2 ** (self.bits - 1) - 1)
         if self.step is not None:
@@ -564,7 +563,7 @@ class Grid(NamedTuple):
 
     def quantize(self, weight: Tensor) -> Stored:
         """The nearest codes and their scales."""
-        scale = self.scale(weight)
+        scale = self.row_scales(weight)
         largest = 2 ** (self.bits - 1) - 1
         codes = (weight / scale.unsqueeze(1)).round().clamp(-largest - 1, largest)
         return Stored(codes.to(torch.int8), scale.half())
@@ -593,8 +592,8 @@ def fixed_grids(names: Iterable[str], cfg: Config) -> Plan:
 
 def grids_of_step(step_size: float, costs: Tensors, kept: Plan, cfg: Config) -> Plan:
     """Grids with steps of `step_size` / sqrt(cost) in each row; matrices in `kept` stay on theirs."""
-    # A row that the calibration tokens did not meet is not free: the matrix's mean is added. A matrix behind an output
-    # projection that starts at zero has almost no gradient at first: hence the least cost.
+    # The matrix's mean keeps rows that the calibration tokens did not meet from being free, the least cost those that
+    # have almost no gradient at first, as they stand behind an output projection that starts at zero.
     model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean().clamp(min=1e-30)
     plan = {}
     for name, cost in costs.items():
@@ -665,8 +664,8 @@ class CastedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.grid: Grid | None = None  # set while fake quantization is on
-        self.rounded: Tensor | None
-        rounded = torch.empty(out_features, in_features) if fake_quant else None
+        self.rounded: Tensor | None  # what the forward multiplies by: the weight, rounded while `grid` is set
+        rounded = torch.full((out_features, in_features), math.nan) if fake_quant else None  # until `refresh`
         self.register_buffer("rounded", rounded, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -920,7 +919,7 @@ def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> dict[str, torch.opt
 
 
 def training_seconds(cfg: Config) -> float:
-    """Seconds for steps: the cap, less what is kept for the choice of weights. Only validation does not count."""
+    """Seconds for steps: the cap, less what is kept for the choice of weights. Validation stops the clock."""
     return cfg.max_wallclock_seconds * (1 - cfg.calibration_reserve) or math.inf
 
 
@@ -943,6 +942,8 @@ def muon_momentum_at(step: int, lr_scale: float, cfg: Config) -> float:
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+SCORE = "val_loss:{:.8f} val_bpb:{:.8f}"  # of an evaluation, in the log
 
 
 def scoring_windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int]]:
@@ -986,8 +987,8 @@ def encode_artifact(stored: dict[str, Stored], cfg: Config, tokenizer_sha256: st
     coded = [name for name, tensor in stored.items() if tensor.scale is not None]
     # Like codes side by side compress better: sort by their spread.
     coded.sort(key=lambda name: stored[name].values.float().std(correction=0).item())
-    sizes = {name: getattr(cfg, name) for name in MODEL_FIELDS}
-    header = {"config": sizes, "coded": coded, "tokenizer_sha256": tokenizer_sha256}
+    fields = {name: getattr(cfg, name) for name in MODEL_FIELDS}
+    header = {"config": fields, "coded": coded, "tokenizer_sha256": tokenizer_sha256}
     text = json.dumps(header, separators=(",", ":")).encode()
     arrays: list[Any] = [stored[name].values for name in coded]
     arrays += [stored[name].scale for name in coded]
@@ -1035,23 +1036,21 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
     budget = AIM * limit
     # Grids that the MLP trained on stay unless MLP_BITS changed, the limit shrank, or the rest cannot fit beside them.
     kept = {name: Grid(*values) for name, values in trained["grids"].items()}
-    shrank = cfg.artifact_limit_bytes < then["artifact_limit_bytes"]
     least_bytes = coded_bytes(weights, grids_of_step(2**COARSEST, costs, kept, cfg), cfg)
-    if cfg.mlp_bits != then["mlp_bits"] or (cfg.rate_control and (shrank or least_bytes > budget)):
+    shrank = cfg.artifact_limit_bytes < then["artifact_limit_bytes"] or least_bytes > budget
+    if cfg.mlp_bits != then["mlp_bits"] or (cfg.rate_control and shrank):
         kept = {}
-    best, best_stored, best_fill = b"", {}, -math.inf
+    best, best_stored, best_merit = b"", {}, -math.inf
     for number in range(EXPORT_ROUNDS if cfg.rate_control else 1):
         begun = time.perf_counter()
         plan = grids_for_bytes(weights, costs, kept, cfg, budget)
         stored = quantize(weights, plan, cfg)
         content = encode_artifact(stored, cfg, tokenizer_sha256)
         rt.log(f"artifact round:{number} model_bytes:{len(content)} time:{ms_since(begun)}")
-        fill = len(content) / limit
-        if fill > 1:
-            fill = -fill  # the fullest file that fits is best, else the one that is least over
-        done = fill >= FULL_ENOUGH or content == best  # the same again: no finer grid changes a byte
-        if fill > best_fill:
-            best, best_stored, best_fill = content, stored, fill
+        merit = len(content) if len(content) <= limit else -len(content)  # the fullest that fits, else the least over
+        done = merit >= FULL_ENOUGH * limit or content == best  # the same again: so would all further rounds be
+        if merit > best_merit:
+            best, best_stored, best_merit = content, stored, merit
         if done:
             break
         budget = AIM * limit * coded_bytes(weights, plan, cfg) / len(content)  # entropy predicts the size within 3%
@@ -1062,7 +1061,7 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
 
 
 def log_artifact(path: Path, stored: dict[str, Stored], cfg: Config, rt: Runtime) -> None:
-    """Log the size; by category also bytes with an ideal order-0 coder, bits per weight, most levels of a matrix."""
+    """Log the size; by category also bytes with an ideal order-0 coder, bits per weight, most codes in a matrix."""
     for kind in dict.fromkeys(map(category, stored)):
         tensors = [tensor for name, tensor in stored.items() if category(name) == kind]
         params = sum(tensor.values.numel() for tensor in tensors)
@@ -1080,8 +1079,8 @@ def log_artifact(path: Path, stored: dict[str, Stored], cfg: Config, rt: Runtime
 
 def with_model_fields(cfg: Config, stored: dict[str, Any]) -> Config:
     """`cfg` with the sizes of the model from a stored config, all else as given. ValueError if they are bad."""
-    sizes: dict[str, Any] = {name: stored.get(name) for name in MODEL_FIELDS}
-    cfg = dataclasses.replace(cfg, **sizes, train_batch_tokens=sizes["train_seq_len"])  # a sound multiple of it
+    fields: dict[str, Any] = {name: stored.get(name) for name in MODEL_FIELDS}
+    cfg = dataclasses.replace(cfg, **fields, train_batch_tokens=fields["train_seq_len"])  # a sound multiple of it
     if problems := config_problems(cfg):
         raise ValueError("; ".join(problems))
     return cfg
@@ -1117,7 +1116,7 @@ def checkpoint_paths(run_id: str, end: str = "") -> list[Path]:
 
 def newest_checkpoint(cfg: Config, data: Data, rt: Runtime) -> dict[str, Any]:
     """The newest sound checkpoint of RUN_ID, else its .weights, else {}. ValueError for another config or data."""
-    # The .weights come last: those that a kill left before the choice of weights may be other ones.
+    # The .weights come last: `finish` writes them once before it has chosen, and a kill may have left those.
     for path in reversed([*Path("logs").glob(f"{cfg.run_id}.weights"), *checkpoint_paths(cfg.run_id)]):
         try:
             state = load_tensors(path, "config", "data", "step")
@@ -1140,7 +1139,7 @@ def newest_checkpoint(cfg: Config, data: Data, rt: Runtime) -> dict[str, Any]:
 MICRO_BATCH_TOKENS = {"cuda": 98_304, "cpu": 16_384}  # 98,304 is a rank's whole part on 8 GPUs
 CALIBRATION_BATCH = 2048  # tokens of one backward; its gradients are squared, so costs depend on it
 RECENT_STEPS = 100  # whose times foretell those to come
-TIME_MARGIN = 1.5  # no step begins unless this many times the longest recent one fits the cap
+TIME_MARGIN = 1.5  # no step begins unless this many times the longest (not median) recent one fits the cap
 
 
 class Trainer:
@@ -1178,7 +1177,7 @@ class Trainer:
         )
         self.calibration_batches = batches[rt.rank :: rt.world_size]  # the same ones on any number of ranks
 
-    def progress(self) -> Trained:
+    def common_state(self) -> Trained:
         """What a checkpoint and the weights at the end have in common."""
         grids = {name: tuple(grid) for name, grid in self.grids.items()}
         state = {"config": vars(self.cfg), "data": self.data.identity, "step": self.step, "elapsed": self.elapsed}
@@ -1190,13 +1189,13 @@ class Trainer:
         if self.rt.rank == 0:
             path = Path("logs", f"{self.cfg.run_id}.{self.step:09d}.ckpt")
             try:
-                save_tensors(path, self.progress() | {name: part.state_dict() for name, part in self.parts.items()})
+                save_tensors(path, self.common_state() | {name: part.state_dict() for name, part in self.parts.items()})
                 for old in checkpoint_paths(self.cfg.run_id)[:-2] + checkpoint_paths(self.cfg.run_id, ".tmp*"):
                     old.unlink()
                 self.rt.log(f"checkpoint path:{path} time:{ms_since(begun)}")
             except OSError as error:
                 self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact")
-        self.elapsed = self.clock()  # else the next step's duration would hold it
+        self.elapsed = self.clock()  # counted, but not as part of the next step
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `save` wrote, with any number of ranks."""
@@ -1244,9 +1243,9 @@ class Trainer:
         return loss.item(), grad_norm.item()  # waits for the device
 
     def warm_up(self) -> None:
-        """Untimed steps on the first batch that compile and autotune everything; all state is put back afterwards."""
+        """Untimed steps on the first batch that compile and autotune the training step; all state is put back after."""
         begun = step_begun = time.perf_counter()
-        before = copy.deepcopy(self.progress() | {name: part.state_dict() for name, part in self.parts.items()})
+        before = copy.deepcopy(self.common_state() | {name: part.state_dict() for name, part in self.parts.items()})
         for _ in range(self.cfg.warmup_steps):
             step_begun = time.perf_counter()
             try:
@@ -1274,7 +1273,7 @@ class Trainer:
         self.rt.log(f"calibration step:{self.step} time:{ms_since(begun)}")
 
     def plan_for(self, weights: Tensors) -> Plan:
-        """Grids for these weights, as `export` will choose them; those that the MLP trains on stay."""
+        """Grids for these weights, as the first round of `export` chooses them; those that the MLP trains on stay."""
         budget = AIM * (self.cfg.artifact_limit_bytes - CODE_BYTES)
         return self.rt.from_rank_0(lambda: grids_for_bytes(weights, self.costs, self.grids, self.cfg, budget))
 
@@ -1300,7 +1299,8 @@ class Trainer:
         for tokens in self.calibration_batches:
             nll = self.model(tokens[:, :-1].to(self.rt.device), tokens[:, 1:].to(self.rt.device))
             sums += torch.tensor([nll.sum(), nll.numel()], device=self.rt.device)
-        return float(torch.divide(*self.rt.all_reduce(sums)))
+        nats, num_tokens = self.rt.all_reduce(sums).tolist()
+        return nats / num_tokens
 
     def finish(self) -> Trained:
         """Choose the last or the averaged weights by their loss on training tokens after quantization; write them."""
@@ -1311,7 +1311,7 @@ class Trainer:
             candidates["swa"] = self.swa.module.state_dict()
         chosen = list(candidates)[-1]  # the average, where there is one
         losses = ""
-        trained = self.progress() | {"weights": candidates[chosen]}
+        trained = self.common_state() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))  # before anything that can fail
         if self.cfg.rate_control and not self.costs:
             self.calibrate()
@@ -1319,7 +1319,7 @@ class Trainer:
             found = {name: self.quantized_loss(weights) for name, weights in candidates.items()}
             chosen = min(found, key=found.__getitem__)
             losses = "".join(f" {name}_loss:{loss:.5f}" for name, loss in found.items())
-        trained = self.progress() | {"weights": candidates[chosen]}
+        trained = self.common_state() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))
         self.model.load_state_dict(candidates[chosen])
         self.model.refresh(self.grids)
@@ -1351,10 +1351,10 @@ class Trainer:
         cap = training_seconds(cfg)
         self.clock_zero = time.perf_counter() - self.elapsed
         while self.step < cfg.iterations and self.elapsed + TIME_MARGIN * max(self.durations, default=0.0) < cap:
-            progress = max(self.step / cfg.iterations, self.elapsed / cap)
-            if not self.grids and progress >= cfg.qat_start_frac:  # never at 1
+            share_done = max(self.step / cfg.iterations, self.elapsed / cap)
+            if not self.grids and share_done >= cfg.qat_start_frac:  # never at 1
                 self.start_qat()
-            # The first steps are slow: no measure of those that will fit the cap.
+            # Few durations are mostly start-up: 0 lets `lr_scale_at` go by steps alone.
             step_seconds = float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
             lr_scale = lr_scale_at(self.step, self.elapsed, step_seconds, cfg)
             begun = self.elapsed
@@ -1382,7 +1382,6 @@ class Trainer:
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
 BAD_INPUT, OVER_LIMIT, DIVERGED = 2, 3, 4  # exit codes
-SCORE = "val_loss:{:.8f} val_bpb:{:.8f}"  # of an evaluation, in the log
 
 
 def log_start(cfg: Config, warnings: list[str], rt: Runtime) -> None:
@@ -1474,8 +1473,9 @@ def command_line() -> int:
     run_id = ""
     try:
         handler = stop if rank == "0" else signal.SIG_DFL  # the other ranks just end
-        for number in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-            signal.signal(getattr(signal, number), handler)
+        for number in signal.valid_signals() & {1, signal.SIGINT, signal.SIGTERM}:  # 1: SIGHUP, not on Windows
+            if signal.getsignal(number) != signal.SIG_IGN or "RANK" in os.environ:  # nohup; torchrun means it
+                signal.signal(number, handler)
         if len(sys.argv) > 1:
             raise ValueError(f"settings are environment variables, not arguments: {sys.argv[1:]}\n{__doc__}")
         cfg, warnings = load_config(os.environ)

@@ -82,13 +82,18 @@ def do_at(patch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> No
     do_after(patch, t.Trainer, "log_step", lambda trainer, *_: action() if trainer.step == step else None)
 
 
-def cli(folder: Path, settings: dict[str, Any], *arguments: str, **more: Any) -> Outcome:
-    """The command line in `folder`, inside this process and on one thread."""
+def cli(folder: Path, settings: dict[str, Any], *arguments: str, ignored: bool = False, **more: Any) -> Outcome:
+    """The command line in `folder`, inside this process and on one thread; with `ignored`, as nohup starts it."""
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if ignored:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threads = t.torch.get_num_threads()
     t.torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        for number, handler in handlers.items():
+            if handler == signal.SIG_IGN and not ignored:  # pytest may run under nohup
+                signal.signal(number, signal.SIG_DFL)
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train_gpt.py", *arguments])
         for name, value in environment(**settings | more).items():

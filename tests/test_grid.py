@@ -80,7 +80,7 @@ def test_grid_of_fixed_bits(bits: int) -> None:
     w, grid = weights(), t.Grid(bits)
     codes, scale = grid.quantize(w)
     assert codes.dtype == torch.int8 and scale.dtype == torch.float16
-    assert torch.equal(scale.float(), grid.scale(w))
+    assert torch.equal(scale.float(), grid.row_scales(w))
     largest = 2 ** (bits - 1) - 1
     assert codes.min() >= -largest - 1 and codes.max() <= largest
     assert (codes[20:].abs().amax(dim=1) == largest).all()
@@ -95,7 +95,7 @@ def test_scales_of_a_planned_grid(bits: int, step: float) -> None:
     """At most 8 values per octave, up to 1/8 over what the plan says, and never so small that a weight is cut."""
     weight, cost = spread_rows(200, 64)
     grid = t.Grid(bits, step * cost.rsqrt())
-    scale = grid.scale(weight)
+    scale = grid.row_scales(weight)
     mantissa = torch.frexp(scale)[0]
     assert torch.equal(16 * mantissa, (16 * mantissa).round()) and torch.equal(scale, scale.half().float())
     assert len(mantissa.unique()) <= 8

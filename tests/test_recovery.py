@@ -321,6 +321,20 @@ def test_signal_without_checkpoints(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x.txt"]
 
 
+def test_nohup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that the caller ignores stays ignored, but for ranks of torchrun, which counts on their end."""
+    for rank, code in ((None, 0), ("0", 129)):
+        with pytest.MonkeyPatch.context() as patch:
+            do_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+            if rank is not None:
+                patch.setenv("RANK", rank)
+                patch.setattr(t.dist, "rendezvous", lambda _: iter([(None, 0, 1)]))
+                patch.setattr(t.dist, "PrefixStore", lambda *_: None)
+                patch.setattr(t.dist, "init_process_group", lambda *_, **__: None)
+            done = cli(tmp_path, PLAIN, ignored=True, run_id=f"x{code}", checkpoint_every=0)
+        assert done.code == code, done
+
+
 def test_signal_in_a_long_step(tmp_path: Path) -> None:
     """In the middle of a step that would take minutes, in another process: at once, with the exit code."""
     run = fork(tmp_path, **PLAIN | {"train_batch_tokens": 32 * 65536, "micro_batch_tokens": 32})
