@@ -11,6 +11,7 @@ from typing import Any
 import ablate
 import pytest
 import torch
+import versions
 from tools import ROOT, SIZES
 
 
@@ -62,6 +63,18 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ablate.main() == 0
     assert set(calls) == {("pr314", "small", 42), ("file_order", "small", 42)}
     assert [json.loads(line)["recipe"] for line in results.read_text().splitlines()] == ["default", "file_order"]
+
+
+def test_table_of_versions() -> None:
+    """Differences are between runs of one seed, and the page shows what the results hold."""
+    keys = (("old", 1, 2.0), ("old", 2, 2.2), ("file", 2, 2.1))
+    rows = [{"proxy": "small", "version": version, "seed": seed, "bpb": bpb} for version, seed, bpb in keys]
+    assert versions.table(rows).splitlines()[2:] == [
+        "| small | old | 1, 2 | 2.0000, 2.2000 | 2.1000 |  |",
+        "| small | file | 2 | 2.1000 | 2.1000 | -0.1000 |",
+    ]
+    rows = [json.loads(line) for line in (ROOT / "logs" / "versions.jsonl").read_text().splitlines()]
+    assert versions.table(rows) in (ROOT / "logs" / "ABLATIONS.md").read_text(encoding="utf-8")
 
 
 def test_ablations_page_has_the_table() -> None:
