@@ -135,7 +135,7 @@ class Config:
     grad_clip_norm: float = knob(0.3, "global gradient norm limit (0 = off)", ">= 0")
     # weight averaging and quantization
     swa_enabled: bool = knob(True, "1: average weights over the warmdown (SWA)")
-    swa_start_frac: float = knob(0.4, "snapshots below this lr_scale; QAT starts anew with them", ">= 0", "<= 1")
+    swa_start_frac: float = knob(0.4, "snapshots below this lr_scale; QAT drops older ones", ">= 0", "<= 1")
     swa_every: int = knob(50, "steps between snapshots", ">= 1")
     swa_always: bool = knob(False, "1: export the average, if any; 0: it or the last weights, by their loss")
     qat_start_frac: float = knob(0.92, "share of steps or cap done when QAT starts (1 = never)", ">= 0", "<= 1")
@@ -228,7 +228,7 @@ def config_problems(cfg: Config) -> list[str]:
         wrong["run_id"] = "becomes a file name: letters, digits, - _ ."
     if cfg.demo and cfg.text_files:
         wrong["demo"] = "and TEXT_FILES both name a corpus: set one of them"
-    if not wrong:  # what follows divides by these values
+    if not wrong.keys() & {"num_heads", "num_kv_heads", "train_seq_len"}:  # what follows divides by these
         if cfg.model_dim % (2 * cfg.num_heads):
             wrong["model_dim"] = f"must be a multiple of 2 * NUM_HEADS={cfg.num_heads}"
         if cfg.num_heads % cfg.num_kv_heads:
@@ -343,8 +343,8 @@ DOCUMENT_CHARS = 4096  # of the pieces into which text is cut; smaller ones wher
 HELD_OUT_CHARS = 100_000  # for validation, or a twentieth of the text where that is less
 DOCUMENTED = (np, np.linalg, torch, torch.nn, F, torch.optim, torch.linalg, torch.distributions)
 TOKENIZER_OPTIONS = """
-    model_type=bpe byte_fallback=true split_digits=true add_dummy_prefix=false normalization_rule_name=nmt_nfkc
-    pad_id=0 bos_id=1 eos_id=2 unk_id=3 max_sentence_length=1048576 num_threads=1 minloglevel=2
+    model_type=bpe byte_fallback=true split_digits=true add_dummy_prefix=false normalization_rule_name=nmt_nfkc pad_id=0
+    bos_id=1 eos_id=2 unk_id=3 max_sentence_length=1048576 num_threads=1 minloglevel=2
 """
 HOW_TO_GET_DATA = "the challenge's data/cached_challenge_fineweb.py gets it; DEMO=1 and TEXT_FILES need none"
 
@@ -390,8 +390,7 @@ class TokenShards:
         while count > 0:
             start %= self.total
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            begin = start - int(self.starts[i])
-            part = self.shards[i][begin : begin + count]
+            part = self.shards[i][start - int(self.starts[i]) :][:count]
             if part.max() >= self.vocab_size:
                 raise ValueError(f"{self.paths[i]}: token id {part.max()} is beyond VOCAB_SIZE={self.vocab_size}")
             parts.append(part.astype(np.int64))
@@ -577,10 +576,7 @@ def category(name: str) -> str:
     """mlp, attn, bigram, embed or small (gains, scales, gates), by name; a matrix of a new kind counts as embed."""
     if not name.endswith(("_proj.weight", "embed.weight")):
         return "small"
-    for kind in ("mlp", "attn", "bigram"):
-        if kind in name:
-            return kind
-    return "embed"
+    return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
 
 
 def fixed_grids(names: Iterable[str], cfg: Config) -> Plan:
@@ -634,11 +630,9 @@ def quantize(weights: Tensors, plan: Plan, cfg: Config) -> dict[str, Stored]:
     for name, weight in weights.items():
         if not torch.isfinite(weight.half()).all():
             raise FloatingPointError(f"{name} is not finite or beyond fp16: training diverged, nothing was exported")
-        frac = 0.0
-        if category(name) == "mlp":
-            frac = cfg.mlp_prune_frac
-        elif weight.dim() == 2 and weight.numel() > PRUNE_ABOVE_ELEMENTS:
-            frac = cfg.prune_frac
+        frac = cfg.mlp_prune_frac
+        if category(name) != "mlp":  # of the others, only large matrices are pruned
+            frac = cfg.prune_frac * (weight.dim() == 2 and weight.numel() > PRUNE_ABOVE_ELEMENTS)
         count = int(frac * weight.numel())
         if count > 0:
             threshold = weight.abs().flatten().kthvalue(count).values
@@ -971,6 +965,8 @@ def evaluate(model: GPT, data: Data, rt: Runtime, stride: int, batch_seqs: int) 
         if i // batch_seqs % 100 == 99:
             rt.log(f"evaluation done:{(i + batch_seqs) / len(windows):.1%}")
     nats, text_bytes = rt.all_reduce(sums).tolist()
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"the validation loss is {nats}: the training diverged, or the weights are damaged")
     return nats / data.num_val_targets, nats / math.log(2) / max(text_bytes, 1)
 
 
@@ -1031,14 +1027,15 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
     """Quantize, compress and write logs/RUN_ID.ptz on rank 0, filling the limit; returns its path."""
     limit = cfg.artifact_limit_bytes - CODE_BYTES
     weights = {name: weight.to(rt.device) for name, weight in trained["weights"].items()}
-    costs = trained["costs"] or {name: torch.ones(len(w)) for name, w in weights.items() if category(name) != "small"}
-    then = trained["config"]
+    costs = trained["costs"]
+    if not costs:  # trained without RATE_CONTROL: about the same for all rows; rounded scales of equal steps would jump
+        costs = {name: torch.linspace(1, 1.28, len(w)) for name, w in weights.items() if category(name) != "small"}
     budget = AIM * limit
     # Grids that the MLP trained on stay unless MLP_BITS changed, the limit shrank, or the rest cannot fit beside them.
     kept = {name: Grid(*values) for name, values in trained["grids"].items()}
     least_bytes = coded_bytes(weights, grids_of_step(2**COARSEST, costs, kept, cfg), cfg)
-    shrank = cfg.artifact_limit_bytes < then["artifact_limit_bytes"] or least_bytes > budget
-    if cfg.mlp_bits != then["mlp_bits"] or (cfg.rate_control and shrank):
+    shrank = cfg.artifact_limit_bytes < trained["config"]["artifact_limit_bytes"] or least_bytes > budget
+    if cfg.mlp_bits != trained["config"]["mlp_bits"] or (cfg.rate_control and shrank):
         kept = {}
     best, best_stored, best_merit = b"", {}, -math.inf
     for number in range(EXPORT_ROUNDS if cfg.rate_control else 1):
@@ -1103,7 +1100,7 @@ def load_tensors(path: Path, *needed: str) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated, damaged or not this script's: its checksum does not fit")
     try:
         found = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-        assert found.keys() >= {*needed}
+        assert found.keys() >= {*needed} and isinstance(found.get("config", {}), dict)
     except Exception:  # a forged file may raise anything
         raise ValueError(f"{path} is of another version of the script, or holds something else") from None
     return found
@@ -1190,7 +1187,9 @@ class Trainer:
             path = Path("logs", f"{self.cfg.run_id}.{self.step:09d}.ckpt")
             try:
                 save_tensors(path, self.common_state() | {name: part.state_dict() for name, part in self.parts.items()})
-                for old in checkpoint_paths(self.cfg.run_id)[:-2] + checkpoint_paths(self.cfg.run_id, ".tmp*"):
+                paths = checkpoint_paths(self.cfg.run_id)
+                last_two = paths[: paths.index(path) + 1][-2:]  # later ones are of a run that could not be resumed
+                for old in {*paths, *checkpoint_paths(self.cfg.run_id, ".tmp*")}.difference(last_two):
                     old.unlink()
                 self.rt.log(f"checkpoint path:{path} time:{ms_since(begun)}")
             except OSError as error:

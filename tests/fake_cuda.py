@@ -67,7 +67,7 @@ def check_optimizers(model: t.GPT, cfg: t.Config) -> None:
     flat = torch.zeros(sum(p.numel() for p in params), device="cuda")
     for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
         p.grad = part.view_as(p)
-    adamw, muon = t.make_optimizers(model, cfg, rt)
+    adamw, muon = t.make_optimizers(model, cfg, rt).values()
     adamw.step()
     muon.step()
     momenta = [state["momentum"] for state in muon.state.values()]

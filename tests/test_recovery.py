@@ -141,7 +141,7 @@ def test_trained_grids_are_exported(whole: Run) -> None:
     for name, values_of_grid in trained["grids"].items():
         grid = t.Grid(*values_of_grid)
         scale = stored[name].scale
-        assert scale is not None and grid.scale(trained["weights"][name]).equal(scale.float())
+        assert scale is not None and grid.row_scales(trained["weights"][name]).equal(scale.float())
 
 
 def test_leftovers_of_a_kill_are_removed(whole: Run, tmp_path: Path) -> None:
@@ -193,6 +193,18 @@ def test_no_sound_checkpoint(tmp_path: Path) -> None:
         assert f"warning: RUN_ID={run_id} has no sound checkpoint: it starts from the beginning" in done.out
         assert len(values(done.out, "train_loss")) == 6
         assert "def command_line" in (tmp_path / f"logs/{run_id}.txt").read_text()
+
+
+def test_damaged_later_checkpoints_cost_no_new_ones(tmp_path: Path) -> None:
+    """They make way: a run that started anew beside them is resumed from its own newest checkpoint."""
+    (tmp_path / "logs").mkdir()
+    for step in (5, 6):
+        (tmp_path / f"logs/x.00000000{step}.ckpt").write_bytes(b"x" * 100)
+    with pytest.MonkeyPatch.context() as patch:
+        do_at(patch, 4, kill)
+        assert cli(tmp_path, PLAIN, resume=1).code == -9
+    assert names(tmp_path) == ["x.000000002.ckpt", "x.000000003.ckpt", "x.txt"]
+    assert "resume checkpoint:logs/x.000000003.ckpt step:3 " in cli(tmp_path, PLAIN, resume=1).out
 
 
 def test_resume_exports_the_weights(whole: Run, tmp_path: Path) -> None:

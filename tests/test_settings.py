@@ -310,3 +310,11 @@ def test_training_ends_before_the_cap() -> None:
 def test_every_field_has_a_meaning() -> None:
     """logs/VARIABLES.md is made from them."""
     assert all(len(f.metadata["meaning"]) > 10 for f in FIELDS)
+
+
+def test_problems_of_pairs_beside_others() -> None:
+    """Those of single values and those of pairs, unless a pair divides by a value that is bad itself."""
+    text = refusal(RECIPE="x", SEED="-1", EVAL_STRIDE="4096", NUM_HEADS="3")
+    assert all(f"{name}=" in text for name in ("RECIPE", "SEED", "EVAL_STRIDE", "MODEL_DIM")), text
+    text = refusal(NUM_HEADS="0", EVAL_STRIDE="4096")
+    assert "NUM_HEADS=0 must be >= 1" in text and "EVAL_STRIDE" not in text
