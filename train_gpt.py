@@ -259,7 +259,7 @@ class Runtime:
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             self.device = torch.device("cpu")
-            tune_for_cpu()
+            keep_freed_memory()
             has_bf16 = torch.cpu._is_avx512_bf16_supported()
         prefix = "eval-" if cfg.eval_artifact else "plan-" if cfg.dry_run else ""
         path = Path("logs", f"{prefix}{cfg.run_id}.txt")
@@ -303,12 +303,12 @@ class Runtime:
         return box[0]
 
 
-def tune_for_cpu() -> None:
-    """Settings of the process that make training steps on a CPU faster (measured in logs/SPEED.md)."""
-    torch.backends.cuda.enable_flash_sdp(False)  # a CPU's switch, too: plain products win at short sequences
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+def keep_freed_memory() -> None:
+    """Let training steps on a CPU reuse memory (measured in logs/SPEED.md).
+
+    glibc would return every large tensor to the system and fault its pages in again.
+    """
     if sys.platform == "linux":
-        # glibc would return every large tensor to the system and fault its pages in again.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # other C libraries lack it
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -1353,6 +1353,7 @@ class Trainer:
             share_done = max(self.step / cfg.iterations, self.elapsed / cap)
             if not self.grids and share_done >= cfg.qat_start_frac:  # never at 1
                 self.start_qat()
+                continue  # it took time: is there some left?
             # Few durations are mostly start-up: 0 lets `lr_scale_at` go by steps alone.
             step_seconds = float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
             lr_scale = lr_scale_at(self.step, self.elapsed, step_seconds, cfg)

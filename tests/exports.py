@@ -38,6 +38,7 @@ def converted(old: dict[str, Any], tokenizer_sha256: str) -> dict[str, Any]:
         size = step * old["weights"][name].double().square().mean().sqrt()
         grids[name] = (bits, (size * rows).float() if step else None)
     config = {name: value for name, value in old["config"].items() if hasattr(train_gpt.Config, name)}
+    config["mlp_bits"] = 0  # under rate control its 4 meant nothing; another value than the export's drops the grids
     return {
         "config": config,
         "data": {"tokenizer_sha256": tokenizer_sha256},
