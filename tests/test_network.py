@@ -197,7 +197,7 @@ def test_compiled_forward_under_qat_is_that_of_the_stored_weights() -> None:
     cfg, (ids, targets) = config(num_layers=1, mlp_prune_frac=0), tokens()
     model = model_for(cfg, qat=False)
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    with torch._inductor.config.patch(compile_threads=1):
+    with torch._inductor.config.patch(compile_threads=2):
         off = compiled(ids, targets)
     model.refresh(mlp_grids(cfg))
     with torch._dynamo.config.patch(error_on_recompile=True):
