@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -51,9 +51,7 @@ def one_run(proxy: str, version: str, seed: int, args: argparse.Namespace) -> di
         lines = ablate.start(script, Path(name), settings, data)
         if args.keep:
             args.keep.mkdir(parents=True, exist_ok=True)
-            subprocess.run(
-                ["mv", f"{name}/logs/run.weights", args.keep / f"{proxy}-{version}-{seed}.weights"], check=True
-            )
+            shutil.move(f"{name}/logs/run.weights", args.keep / f"{proxy}-{version}-{seed}.weights")
     return row(proxy, version, seed, lines)
 
 
