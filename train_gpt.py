@@ -1,14 +1,14 @@
 """Train, quantize, compress and score a language model in 16,000,000 bytes (Parameter Golf), in one file.
 
-"11L Int4 MLP QAT + BigramHash(10240) + SWA": an 11-layer U-Net-skip transformer of 27,878,509 parameters. Its MLP
-weights end their training under straight-through fake quantization. All matrices are rounded to grids that fill the
-limit, stored in one zstd-22 frame, read back and scored: the last line of the log is the score of the file on disk.
+"11L Int4 MLP QAT + BigramHash(10240) + SWA": an 11-layer U-Net-skip transformer of 27,878,509 parameters, whose MLP
+ends its training under straight-through fake quantization. All matrices are rounded to grids that fill the limit,
+stored in one zstd-22 frame, read back and scored: the last line of the log is the score of the file on disk.
 
     DEMO=1 python train_gpt.py                              a laptop: no download, a few minutes on 2 CPU cores
     torchrun --standalone --nproc_per_node=8 train_gpt.py   the challenge: 8xH100, FineWeb shards at DATA_PATH
     EVAL_ARTIFACT=logs/RUN.ptz python train_gpt.py          score an artifact again, without training
 
-Every field of `Config` is an environment variable. logs/RUN_ID.txt holds source, config and log of a run.
+Settings are environment variables, not arguments: every field of `Config`. logs/RUN_ID.txt is the log of a run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import re
 import signal
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -90,8 +91,9 @@ class Config:
     # schedule
     iterations: int = knob(20000, "training steps at most", ">= 1")
     max_wallclock_seconds: float = knob(600.0, "training time at most, validation excluded (0 = no cap)", ">= 0")
-    warmup_steps: int = knob(20, "untimed steps that compile everything, undone afterwards", ">= 0")
-    warmdown_iters: int = knob(2500, "steps of linear warmdown at the end, or their worth of wall clock", ">= 0")
+    warmup_steps: int = knob(20, "untimed steps that compile everything, undone afterwards (with a cap >= 1)", ">= 0")
+    warmdown_frac: float = knob(0.36, "share of steps or cap in which the learning rate falls to 0", ">= 0", "<= 1")
+    warmdown_iters: int = knob(-1, "the same in steps or their worth of time (-1: WARMDOWN_FRAC counts)", ">= -1")
     train_batch_tokens: int = knob(786432, "tokens per step over all ranks", ">= 1")
     train_seq_len: int = knob(2048, "tokens per sequence, in training and evaluation", ">= 1", "<= 131072")
     micro_batch_tokens: int = knob(0, "tokens per forward and rank at most (0: 98,304 on CUDA, else 16,384)", ">= 0")
@@ -112,6 +114,7 @@ class Config:
     xsa_layers: int = knob(4, "last layers with exclusive self-attention (XSA)", ">= 0")
     value_residual: bool = knob(True, "1: later layers mix the first one's values into their own")
     vocab_size: int = knob(1024, "tokens of the tokenizer", ">= 1", "<= 65536")
+    tie_embeddings: bool = knob(True, "1: the output head is the token embedding; there is no other", "= True")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", ">= 0")
     rope_base: float = knob(10000.0, "base of the rotary frequencies", "> 0")
     logit_softcap: float = knob(30.0, "logits are c * tanh(x / c)", "> 0")
@@ -141,7 +144,6 @@ class Config:
     qat_start_frac: float = knob(0.92, "share of steps or cap done when QAT starts (1 = never)", ">= 0", "<= 1")
     rate_control: bool = knob(True, "1: one step size for all matrices, such that the limit is filled; 0: fixed bits")
     calibration_tokens: int = knob(65536, "training tokens that weigh errors and choose the weights", ">= 1")
-    calibration_reserve: float = knob(0.02, "share of the cap kept for the choice of weights", ">= 0", "< 1")
     mlp_bits: int = knob(0, "bits of MLP codes at most (0: 8, without RATE_CONTROL 4)", "= 2 3 4 5 6 7 8")
     attn_bits: int = knob(0, "bits of attention codes at most (0: 8, without RATE_CONTROL 5)", "= 2 3 4 5 6 7 8")
     bigram_bits: int = knob(0, "bits of bigram codes at most (0: 8, without RATE_CONTROL 5)", "= 2 3 4 5 6 7 8")
@@ -150,23 +152,22 @@ class Config:
     artifact_limit_bytes: int = knob(16_000_000, "limit for code plus model, decimal bytes", ">= 1")
     # machine
     attention: str = knob("auto", "auto: FlashAttention 3 where it can run; sdpa: PyTorch's", "= auto sdpa")
-    compute_dtype: str = knob("auto", "auto: bfloat16 where the machine computes in it", "= auto bfloat16 float32")
+    compute_dtype: str = knob("auto", "auto: bfloat16 on a GPU that computes in it", "= auto bfloat16 float32")
     compile: str = knob("auto", "torch.compile: 1, 0, or auto (on CUDA only)", "= auto 0 1")
 
 
-MODEL_FIELDS = (  # what an artifact must know to build its model
-    "num_layers model_dim num_heads num_kv_heads mlp_mult vocab_size rope_base bigram_dim logit_softcap "
-    "bigram_vocab_size train_seq_len relu_slope xsa_layers value_residual"
-).split()
+MODEL_FIELDS = """
+    num_layers model_dim num_heads num_kv_heads mlp_mult vocab_size rope_base bigram_dim logit_softcap
+    bigram_vocab_size train_seq_len relu_slope xsa_layers value_residual
+""".split()  # what an artifact must know to build its model
 MAY_CHANGE_ON_RESUME = """
     resume dry_run checkpoint_every data_path tokenizer_path micro_batch_tokens val_loss_every train_log_every attention
     val_batch_size eval_float eval_batch_seqs
 """.split()
 
 PR314 = """
-    MLP_BITS=4 ATTN_BITS=6 BIGRAM_BITS=6 QAT_START_FRAC=0 RATE_CONTROL=0 SWA_ALWAYS=1 CALIBRATION_RESERVE=0
-    PRUNE_FRAC=0.03 MLP_PRUNE_FRAC=0.05 RELU_SLOPE=0 XSA_LAYERS=0 VALUE_RESIDUAL=0 MUON_EQ=0 MUON_MOMENTUM_END=0.99
-    SEQUENCE_ORDER=file
+    MLP_BITS=4 ATTN_BITS=6 RELU_SLOPE=0 QAT_START_FRAC=0 RATE_CONTROL=0 SWA_ALWAYS=1 WARMDOWN_ITERS=2500 PRUNE_FRAC=0.03
+    MLP_PRUNE_FRAC=0.05 BIGRAM_BITS=6 XSA_LAYERS=0 VALUE_RESIDUAL=0 MUON_EQ=0 MUON_MOMENTUM_END=0.99 SEQUENCE_ORDER=file
 """
 DEMO = """
     ITERATIONS=260 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_ITERS=160 SWA_EVERY=5 TRAIN_BATCH_TOKENS=2048
@@ -175,6 +176,17 @@ DEMO = """
     ARTIFACT_LIMIT_BYTES=1100000
 """
 PRESETS = {("RECIPE", "pr314"): PR314, ("DEMO", "1"): DEMO}  # the later one wins
+EXCLUSIVE = """
+    DEMO+TEXT_FILES+DATA_PATH DEMO+TEXT_FILES+TOKENIZER_PATH EVAL_ARTIFACT+EXPORT_FROM+RESUME EVAL_ARTIFACT+EVAL_FLOAT
+"""
+# Names that other scripts and earlier versions of this one read, behind the setting that comes nearest to them.
+FOREIGN = r"""
+    WEIGHT_DECAY=(MUON|ADAMW?|EMBED)_(WD|WEIGHT_DECAY) QAT_START_FRAC=(LATE_)?QAT(_ENABLED|_THRESHOLD|_FRACTION)?
+    XSA_LAYERS=XSA_LAST_N MLP_MULT=MLP_HIDDEN RELU_SLOPE=(MLP|LEAKY)\w*_SLOPE SWA_ENABLED=EMA_\w+ DATA_PATH=DATA_DIR
+    BIGRAM_VOCAB_SIZE=BIGRAM_\w*BUCKETS TRAIN_SEQ_LEN=EVAL_SEQ_LEN TIED_EMBED_LR=(EMBED|HEAD)_LR EVAL_STRIDE=SLIDING_\w+
+    MLP_BITS=(MATRIX|QUANT|QAT)_BITS WARMDOWN_ITERS=WARMDOWN_STEPS nothing=(TTT|VE|LQER|MTP|ROPE|GPTQ|SMEAR|PLAN)_\w+
+    nothing=LN_SCALE|\w+_CLIP_SIGMAS|EMBED_BITS|MUON_BETA2|COMPRESSOR|MIN_LR|ERROR_FEEDBACK|CALIBRATION_RESERVE|EVAL_MODE
+"""
 
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -195,18 +207,28 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
                 raise ValueError
         except ValueError:
             problems.append(f"{name}={text!r}: expected {expected}")
+    given = {name for name, text in environ.items() if text not in ("", "0")}
+    for group in EXCLUSIVE.split():
+        if len(both := given & {*group.split("+")}) > 1:
+            problems.append(f"{' and '.join(sorted(both))} exclude each other: remove one")
     if values.get("resume") and not values.get("run_id"):
         problems.append("RESUME=1 needs RUN_ID, the run to continue")
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if environ.get(name, "1") != "1" and not ("RANK" in environ or values.get("dry_run")):
+            problems.append(f"{name}={environ[name]} without torchrun means several runs of one rank: unset it")
     values["run_id"] = values.get("run_id") or time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()
     cfg = Config(**values)
     problems += config_problems(cfg)
+    foreign = [group.split("=") for group in FOREIGN.split()]
     for name in sorted(environ.keys() - defaults.keys()):
-        for close in difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.85):
-            warnings.append(f"environment variable {name} is not known; did you mean {close}?")
-    if environ.get("TIE_EMBEDDINGS", "1") != "1":
-        problems.append(f"TIE_EMBEDDINGS={environ['TIE_EMBEDDINGS']}: this model always ties them, remove the variable")
-    for name in sorted({"EMBED_LR", "HEAD_LR"} & environ.keys()):
-        warnings.append(f"{name} has no effect, as embeddings are tied: TIED_EMBED_LR is their rate")
+        if nearest := [ours for ours, names in foreign if re.fullmatch(names, name)]:
+            warnings.append(f"{name} has no effect here; nearest setting: {nearest[0]}")
+        elif close := difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.85):
+            warnings.append(f"environment variable {name} is not known; did you mean {close[0]}?")
+    if cfg.warmdown_iters >= 0 and "WARMDOWN_FRAC" in environ:
+        warnings.append(f"WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS={cfg.warmdown_iters}: set that to -1")
+    if cfg.warmdown_iters > cfg.iterations:
+        warnings.append(f"WARMDOWN_ITERS={cfg.warmdown_iters} is over ITERATIONS: the full rates are never reached")
     if problems:
         raise ValueError("the configuration cannot run:\n  " + "\n  ".join(problems))
     return cfg, warnings
@@ -226,8 +248,6 @@ def config_problems(cfg: Config) -> list[str]:
                 wrong[f.name] = f"must be {bound}"
     if not re.fullmatch(r"[\w-][\w.-]*", cfg.run_id):
         wrong["run_id"] = "becomes a file name: letters, digits, - _ ."
-    if cfg.demo and cfg.text_files:
-        wrong["demo"] = "and TEXT_FILES both name a corpus: set one of them"
     if not wrong.keys() & {"num_heads", "num_kv_heads", "train_seq_len"}:  # what follows divides by these
         if cfg.model_dim % (2 * cfg.num_heads):
             wrong["model_dim"] = f"must be a multiple of 2 * NUM_HEADS={cfg.num_heads}"
@@ -244,43 +264,52 @@ def config_problems(cfg: Config) -> list[str]:
 
 
 class Runtime:
-    """Where this process runs, and what ranks do together."""
+    """Device and number format of this process, its log, and what it does together with torchrun's other ranks."""
 
     def __init__(self, cfg: Config) -> None:
-        """Choose device and number format, open the log, join the other ranks that torchrun started."""
         self.rank = int(os.environ.get("RANK", "0"))
-        distributed = "RANK" in os.environ
-        # A dry run without torchrun plans for as many ranks as WORLD_SIZE says.
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if distributed or cfg.dry_run else 1
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))  # without torchrun: what a dry run plans for
         cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
         if cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            self.device = torch.device("cpu")
-            keep_freed_memory()
-            has_bf16 = torch.cpu._is_avx512_bf16_supported()
+        elif sys.platform == "linux":  # keep freed memory: glibc would fault the pages of every large tensor in again
+            for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, value)
         prefix = "eval-" if cfg.eval_artifact else "plan-" if cfg.dry_run else ""
-        path = Path("logs", f"{prefix}{cfg.run_id}.txt")
+        self.log_path = Path("logs", f"{prefix}{cfg.run_id}.txt")
+        self.log_path.parent.mkdir(exist_ok=True)
+        self.log_file: Any = io.StringIO()  # until `open_log`
         if self.rank == 0 and Path("logs", f"{cfg.run_id}.txt").exists() and not (cfg.resume or cfg.eval_artifact):
             raise ValueError(f"RUN_ID={cfg.run_id} has a log: choose another RUN_ID, or go on with RESUME=1")
-        path.parent.mkdir(exist_ok=True)
-        self.log_file = path.open("a", encoding="utf-8") if self.rank == 0 else None
-        if distributed:
+        if "RANK" in os.environ:
             # Ranks that wait for rank 0 to compress wait on gloo, which sleeps; NCCL would spin. After a restart,
             # torchrun's store still holds the addresses of the ranks before (PyTorch issue 135712): hence the prefix.
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restarts, next(dist.rendezvous("env://"))[0])
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
-        auto = torch.bfloat16 if has_bf16 else torch.float32
+        auto = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         self.compute_dtype = {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.compute_dtype]
         self.compiles = {"auto": cuda, "1": True, "0": False}[cfg.compile]
-        head_dim = cfg.model_dim // cfg.num_heads
         hopper = cuda and torch.cuda.get_device_capability()[0] == 9
-        fits = hopper and self.compute_dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+        fits = hopper and self.compute_dtype == torch.bfloat16 and cfg.model_dim // cfg.num_heads in range(8, 257, 8)
         self.flash3 = cfg.attention == "auto" and flash_attn_func is not None and fits
+
+    def open_log(self) -> None:
+        """The run can start: write what was logged so far, and all that follows, to a file that it alone may write."""
+        if self.rank == 0:
+            early, self.log_file = self.log_file, self.log_path.open("a", encoding="utf-8")
+            try:
+                import fcntl  # not on Windows
+
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.log_path} is of a run that is alive: choose another RUN_ID") from None
+            except (OSError, ImportError):
+                pass  # some file systems have no locks
+            self.log_file.write(early.getvalue())
 
     def log(self, line: str, console: bool = True) -> None:
         """Rank 0: to the log file and the console."""
@@ -301,22 +330,6 @@ class Runtime:
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
-
-
-def keep_freed_memory() -> None:
-    """Let training steps on a CPU reuse memory (measured in logs/SPEED.md).
-
-    glibc would return every large tensor to the system and fault its pages in again.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # other C libraries lack it
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def ms_since(begun: float) -> str:
-    """The time since `begun` by time.perf_counter(), for the log."""
-    return f"{1000 * (time.perf_counter() - begun):.0f}ms"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -341,12 +354,10 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 CHECKED_TOKENS = 65536  # at each end of a training shard, at start
 DOCUMENT_CHARS = 4096  # of the pieces into which text is cut; smaller ones where it is little
 HELD_OUT_CHARS = 100_000  # for validation, or a twentieth of the text where that is less
-DOCUMENTED = (np, np.linalg, torch, torch.nn, F, torch.optim, torch.linalg, torch.distributions)
 TOKENIZER_OPTIONS = """
     model_type=bpe byte_fallback=true split_digits=true add_dummy_prefix=false normalization_rule_name=nmt_nfkc pad_id=0
     bos_id=1 eos_id=2 unk_id=3 max_sentence_length=1048576 num_threads=1 minloglevel=2
 """
-HOW_TO_GET_DATA = "the challenge's data/cached_challenge_fineweb.py gets it; DEMO=1 and TEXT_FILES need none"
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -356,33 +367,30 @@ def open_shard(path: Path) -> np.ndarray:
     magic, version, num_tokens = SHARD_HEADER.unpack(header)
     size, expected = path.stat().st_size, SHARD_HEADER.size + 2 * num_tokens
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or num_tokens < 1 or size != expected:
-        found = f"magic {magic}, version {version}, {size} bytes where {num_tokens} tokens need {expected}"
-        raise ValueError(f"{path} is damaged, truncated or no token shard ({found}): download it again or remove it")
+        raise ValueError(f"{path} is damaged, truncated or no token shard: download it again or remove it")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER.size, shape=(num_tokens,))
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write token ids (N,) as one shard."""
-    header = SHARD_HEADER.pack(SHARD_MAGIC, SHARD_VERSION, len(tokens))
-    write_atomically(path, header + tokens.astype("<u2").tobytes())
-
-
 class TokenShards:
-    """Shards as one long sequence of tokens, read by position. Nothing is held in memory."""
+    """Shards as one sequence of tokens; `checked` at both ends of each are read at once. ValueError, OSError."""
 
     def __init__(self, pattern: str, vocab_size: int, checked: int) -> None:
-        """Open every shard that matches, check `checked` tokens at its ends. FileNotFoundError, ValueError if bad."""
         self.vocab_size = vocab_size
         self.paths = list(map(Path, sorted(glob.glob(pattern))))
         if not self.paths:
-            raise FileNotFoundError(f"no shards match {pattern}: {HOW_TO_GET_DATA}")
+            raise FileNotFoundError(f"no shards match {pattern}: set DATA_PATH")
+        if odd := [path for path in self.paths if not re.fullmatch(r"fineweb_(train|val)_\d+\.bin", path.name)]:
+            raise ValueError(
+                f"{odd[0]} is not named as a shard. Data with byte counts cannot be scored; else move it away"
+            )
         self.shards = list(map(open_shard, self.paths))
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.total = int(self.starts[-1])
+        digest = hashlib.sha256()
         for start, end in itertools.pairwise(self.starts.tolist()):
-            self.read(start, min(checked, end - start))
-            if checked < end - start:
-                self.read(end - checked, checked)
+            for first in sorted({start, max(start, end - checked)}):
+                digest.update(self.read(first, min(checked, end - first)).numpy().data)
+        self.sha256 = digest.hexdigest()  # of what was checked
 
     def read(self, start: int, count: int) -> Tensor:
         """`count` tokens (int64) from position `start` on, wrapping at the end; ValueError for an id that is none."""
@@ -413,44 +421,29 @@ def token_bytes(sp: sentencepiece.SentencePieceProcessor, device: torch.device) 
     return sizes.to(device), boundary.to(device)
 
 
-def read_texts(cfg: Config) -> list[str]:
-    """The files of TEXT_FILES; or, for DEMO, Python's language reference and the docstrings of some modules."""
-    if cfg.demo:
-        texts = list(topics.values())
-        for module in DOCUMENTED:
-            texts += sorted(filter(None, map(inspect.getdoc, vars(module).values())))
-        return texts
-    paths = sorted(filter(Path.is_file, map(Path, glob.glob(cfg.text_files, recursive=True))))
-    if not paths:
-        raise FileNotFoundError(f"no file matches TEXT_FILES={cfg.text_files!r}: quote the glob; ** reaches subfolders")
-    texts = []
-    for path in paths:
-        try:
-            texts.append(path.read_text("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"TEXT_FILES: {path} is not UTF-8 text ({error}); convert or exclude it") from None
-    return texts
-
-
 def build_corpus(texts: list[str], folder: Path, vocab_size: int) -> None:
     """Cut the text into documents, hold some out, train a tokenizer; write both shards, then the tokenizer."""
-    text = "\n\n".join(dict.fromkeys(texts))  # a text that repeats must not stand on both sides
+    text = "\n\n".join(dict.fromkeys("\n\n".join(texts).split("\n\n")))  # what repeats must not stand on both sides
     size = min(DOCUMENT_CHARS, 200 + len(text) // 50)
     documents = [text[i : i + size] for i in range(0, len(text), size)]
     np.random.default_rng(0).shuffle(documents)
     held_out = max(1, min(HELD_OUT_CHARS // size, len(documents) // 20))
     options: dict[str, Any] = dict(word.split("=") for word in TOKENIZER_OPTIONS.split())
-    options |= {"sentence_iterator": iter(documents[held_out:][:1000]), "vocab_size": vocab_size}
+    # Byte fallback leaves no token unknown. Its name makes tokenizers of two corpora differ, and so their sha256, by
+    # which checkpoints and artifacts know their data.
+    options |= {"unk_piece": f"<unk {folder.name}>", "vocab_size": vocab_size}
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(model_writer=model, **options)
+        sentences = iter(documents[held_out:][:1000])
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **options)
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of VOCAB_SIZE={vocab_size} from this text: give more of it ({error})") from None
     sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     folder.mkdir(parents=True, exist_ok=True)
     for split, part in (("train", documents[held_out:]), ("val", documents[:held_out])):
-        ids = sp.encode(part, add_bos=True)
-        write_shard(folder / f"fineweb_{split}_000000.bin", np.concatenate(ids))
+        ids = np.concatenate(sp.encode(part, add_bos=True)).astype("<u2")
+        header = SHARD_HEADER.pack(SHARD_MAGIC, SHARD_VERSION, len(ids))
+        write_atomically(folder / f"fineweb_{split}_000000.bin", header + ids.tobytes())
     write_atomically(folder / "tokenizer.model", model.getvalue())  # last: it marks the corpus as whole
 
 
@@ -458,8 +451,17 @@ def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
     """(data folder, tokenizer path) as configured; those of DEMO and TEXT_FILES are built once, into logs/cache/."""
     if not (cfg.demo or cfg.text_files):
         return cfg.data_path, cfg.tokenizer_path
-    texts = read_texts(cfg)
-    made_of = [cfg.vocab_size, TOKENIZER_OPTIONS, DOCUMENT_CHARS, HELD_OUT_CHARS, texts]
+    paths = sorted(filter(Path.is_file, map(Path, glob.glob(cfg.text_files, recursive=True))))
+    if not (cfg.demo or paths):
+        raise FileNotFoundError(f"no file matches TEXT_FILES={cfg.text_files!r}: quote the glob; ** reaches subfolders")
+    members = [*vars(np).values(), *vars(torch).values()]
+    texts = [*topics.values(), *filter(None, map(inspect.getdoc, members))] if cfg.demo else []
+    for path in paths:
+        try:
+            texts.append(path.read_text("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"TEXT_FILES: {path} is not UTF-8 text ({error}); convert or exclude it") from None
+    made_of = [cfg.vocab_size, TOKENIZER_OPTIONS, "2", texts]  # 2: the version of `build_corpus`
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     folder = Path("logs", "cache", f"corpus-{key[:16]}")  # other content has another name
     if not (folder / "tokenizer.model").is_file():
@@ -469,47 +471,45 @@ def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
 
 
 class Data:
-    """Shards and tokenizer of a run, checked; and the order in which training reads its sequences."""
+    """Shards and tokenizer, in the order of training. OSError or ValueError for what would stop a run later."""
 
     def __init__(self, cfg: Config, rt: Runtime) -> None:
-        """Raises FileNotFoundError or ValueError for what would stop a run later."""
         self.seq_len = cfg.train_seq_len
         data_path, tokenizer_path = rt.from_rank_0(lambda: corpus_paths(cfg, rt))
-        if not Path(tokenizer_path).is_file():
-            raise FileNotFoundError(f"no tokenizer at TOKENIZER_PATH={tokenizer_path}: {HOW_TO_GET_DATA}")
-        content = Path(tokenizer_path).read_bytes()
-        sp = sentencepiece.SentencePieceProcessor()
         try:
-            sp.LoadFromSerializedProto(content)
-        except RuntimeError:
-            raise ValueError(f"TOKENIZER_PATH={tokenizer_path} is not a SentencePiece model") from None
+            content = Path(tokenizer_path).read_bytes()
+            sp = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"TOKENIZER_PATH={tokenizer_path}: {error}; get it, or set DEMO=1 or TEXT_FILES") from None
         if sp.vocab_size() != cfg.vocab_size:
             raise ValueError(f"{tokenizer_path} has {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}: adapt one")
-        if sp.is_unknown(sp.piece_to_id("\u2581")):
-            raise ValueError(f"{tokenizer_path} has no piece for a space, which would count as 3 bytes: train another")
         self.tokenizer_sha256 = hashlib.sha256(content).hexdigest()
         self.bytes_of, self.boundary = token_bytes(sp, rt.device)
+        ids = torch.tensor(sp.encode("a b"), dtype=torch.long, device=rt.device)
+        counted = int(self.bytes_of[F.pad(self.boundary[ids[:-1]], (1, 0), value=1), ids].sum())
+        if counted != 3:
+            raise ValueError(f"{tokenizer_path} has no piece for a space: 'a b' counts {counted} bytes. Train another")
         self.val = TokenShards(f"{glob.escape(data_path)}/fineweb_val_*.bin", cfg.vocab_size, checked=sys.maxsize)
         self.num_val_targets = (self.val.total - 1) // self.seq_len * self.seq_len  # whole sequences, as the challenge
         if self.num_val_targets < 1:
             raise ValueError(f"{data_path}: {self.val.total} validation tokens are less than TRAIN_SEQ_LEN + 1")
         rt.log(f"data path:{data_path} val_tokens:{self.val.total} val_targets:{self.num_val_targets}")
+        if unknown := sum(int((shard == sp.unk_id()).sum()) for shard in self.val.shards):
+            rt.log(f"warning: {unknown} validation tokens are unknown ones, which count 0 bytes: bpb is too high")
         if cfg.eval_artifact or cfg.export_from:
             return
         self.train = TokenShards(f"{glob.escape(data_path)}/fineweb_train_*.bin", cfg.vocab_size, CHECKED_TOKENS)
-        self.identity = {"train_tokens": self.train.total, "tokenizer_sha256": self.tokenizer_sha256}
+        self.identity = {"data_sha256": self.train.sha256 + self.val.sha256, "tokenizer_sha256": self.tokenizer_sha256}
         self.num_windows = max(1, (self.train.total - 1) // self.seq_len)
         # A stride near the golden share of the windows spreads consecutive sequences evenly; if it is coprime to their
         # number, each comes once before any comes twice.
-        self.spread_stride = max(1, round(0.618 * self.num_windows))
-        while math.gcd(self.spread_stride, self.num_windows) > 1:
-            self.spread_stride += 1
-        self.stride = self.spread_stride if cfg.sequence_order == "spread" else 1
+        golden = round(0.618 * self.num_windows) * (cfg.sequence_order == "spread")
+        self.stride = next(n for n in itertools.count(golden or 1) if math.gcd(n, self.num_windows) == 1)
         rt.log(f"data train_shards:{len(self.train.shards)} train_tokens:{self.train.total} windows:{self.num_windows}")
 
-    def train_sequences(self, numbers: Iterable[int], stride: int) -> Tensor:
+    def train_sequences(self, numbers: Iterable[int]) -> Tensor:
         """Sequences of a run by their numbers, (N, TRAIN_SEQ_LEN + 1) int64: the same on any rank, after any resume."""
-        starts = [number * stride % self.num_windows * self.seq_len for number in numbers]
+        starts = [number * self.stride % self.num_windows * self.seq_len for number in numbers]
         return torch.stack([self.train.read(start, self.seq_len + 1) for start in starts])
 
 
@@ -579,13 +579,6 @@ def category(name: str) -> str:
     return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
 
 
-def fixed_grids(names: Iterable[str], cfg: Config) -> Plan:
-    """Grids of fixed bits; the token embedding and one key projection stay fp16 (as in pull request 180)."""
-    fp16_key = f"blocks.{cfg.num_layers - 2}.attn.k_proj.weight"
-    bits = {kind: getattr(cfg, f"{kind}_bits") or default for kind, default in FIXED_BITS.items()}
-    return {name: Grid(bits[category(name)]) for name in names if category(name) in bits and name != fp16_key}
-
-
 def grids_of_step(step_size: float, costs: Tensors, kept: Plan, cfg: Config) -> Plan:
     """Grids with steps of `step_size` / sqrt(cost) in each row; matrices in `kept` stay on theirs."""
     # The matrix's mean keeps rows that the calibration tokens did not meet from being free, the least cost those that
@@ -608,7 +601,9 @@ def grids_for_bytes(weights: Tensors, costs: Tensors, kept: Plan, cfg: Config, b
     Without RATE_CONTROL, and before costs are known, bits are fixed.
     """
     if not (cfg.rate_control and costs):
-        return fixed_grids(weights, cfg) | kept
+        bits = {kind: getattr(cfg, f"{kind}_bits") or default for kind, default in FIXED_BITS.items()}
+        fp16_key = f"blocks.{cfg.num_layers - 2}.attn.k_proj.weight"  # as in pull request 180; so is the embedding
+        return {n: Grid(bits[category(n)]) for n in weights if category(n) in bits and n != fp16_key} | kept
     fine, coarse = FINEST, COARSEST
     for _ in range(BISECTIONS):
         middle = (fine + coarse) / 2
@@ -630,9 +625,8 @@ def quantize(weights: Tensors, plan: Plan, cfg: Config) -> dict[str, Stored]:
     for name, weight in weights.items():
         if not torch.isfinite(weight.half()).all():
             raise FloatingPointError(f"{name} is not finite or beyond fp16: training diverged, nothing was exported")
-        frac = cfg.mlp_prune_frac
-        if category(name) != "mlp":  # of the others, only large matrices are pruned
-            frac = cfg.prune_frac * (weight.dim() == 2 and weight.numel() > PRUNE_ABOVE_ELEMENTS)
+        large = weight.dim() == 2 and weight.numel() > PRUNE_ABOVE_ELEMENTS
+        frac = cfg.mlp_prune_frac if category(name) == "mlp" else cfg.prune_frac * large
         count = int(frac * weight.numel())
         if count > 0:
             threshold = weight.abs().flatten().kthvalue(count).values
@@ -904,27 +898,17 @@ def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> dict[str, torch.opt
     betas = (cfg.beta1, cfg.beta2)
     adamw = torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
     muon = Muon([p for name, p in params.items() if name.endswith("_proj.weight")], cfg, rt)
-    owned: list[int] = []
-    for group in adamw.param_groups + muon.param_groups:
-        group["initial_lr"] = group["lr"]
-        owned += map(id, group["params"])
-    assert sorted(owned) == sorted(map(id, params.values())), "every parameter needs exactly one optimizer"
+    owned = [p for group in adamw.param_groups + muon.param_groups for p in group["params"]]
+    assert len(owned) == len({*owned}) == len(params), "every parameter needs exactly one optimizer"
     return {"adamw": adamw, "muon": muon}
 
 
-def training_seconds(cfg: Config) -> float:
-    """Seconds for steps: the cap, less what is kept for the choice of weights. Validation stops the clock."""
-    return cfg.max_wallclock_seconds * (1 - cfg.calibration_reserve) or math.inf
-
-
-def lr_scale_at(step: int, elapsed: float, step_seconds: float, cfg: Config) -> float:
-    """Learning-rate factor in [0, 1]: constant, then linear to 0 over the warmdown (`step_seconds` 0: unknown)."""
-    if cfg.warmdown_iters == 0:
-        return 1.0
-    steps_left: float = cfg.iterations - step
-    if step_seconds > 0:
-        steps_left = min(steps_left, (training_seconds(cfg) - elapsed) / step_seconds)
-    return min(1.0, max(0.0, steps_left) / cfg.warmdown_iters)
+def lr_scale_at(share_done: float, steps_left: float, cfg: Config) -> float:
+    """Learning-rate factor in [0, 1]: constant, then linear to 0 over the warmdown."""
+    left, warmdown = 1 - share_done, cfg.warmdown_frac
+    if cfg.warmdown_iters >= 0:
+        left, warmdown = steps_left, cfg.warmdown_iters
+    return min(1.0, max(0.0, left) / warmdown) if warmdown else 1.0
 
 
 def muon_momentum_at(step: int, lr_scale: float, cfg: Config) -> float:
@@ -962,8 +946,6 @@ def evaluate(model: GPT, data: Data, rt: Runtime, stride: int, batch_seqs: int) 
         forward = compiled if len(starts) == batch_seqs else model  # the last batch is not worth a graph
         sums[0] += (forward(inputs, targets).double() * scored).sum()
         sums[1] += (data.bytes_of[data.boundary[inputs], targets] * scored).sum()
-        if i // batch_seqs % 100 == 99:
-            rt.log(f"evaluation done:{(i + batch_seqs) / len(windows):.1%}")
     nats, text_bytes = rt.all_reduce(sums).tolist()
     if not math.isfinite(nats):
         raise FloatingPointError(f"the validation loss is {nats}: the training diverged, or the weights are damaged")
@@ -1028,7 +1010,7 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
     limit = cfg.artifact_limit_bytes - CODE_BYTES
     weights = {name: weight.to(rt.device) for name, weight in trained["weights"].items()}
     costs = trained["costs"]
-    if not costs:  # trained without RATE_CONTROL: about the same for all rows; rounded scales of equal steps would jump
+    if not costs:  # stored before the calibration: about the same for all; rounded scales of equal steps would jump
         costs = {name: torch.linspace(1, 1.28, len(w)) for name, w in weights.items() if category(name) != "small"}
     budget = AIM * limit
     # Grids that the MLP trained on stay unless MLP_BITS changed, the limit shrank, or the rest cannot fit beside them.
@@ -1037,28 +1019,24 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
     shrank = cfg.artifact_limit_bytes < trained["config"]["artifact_limit_bytes"] or least_bytes > budget
     if cfg.mlp_bits != trained["config"]["mlp_bits"] or (cfg.rate_control and shrank):
         kept = {}
-    best, best_stored, best_merit = b"", {}, -math.inf
-    for number in range(EXPORT_ROUNDS if cfg.rate_control else 1):
+    best = b""
+    for i in range(EXPORT_ROUNDS if cfg.rate_control else 1):
         begun = time.perf_counter()
         plan = grids_for_bytes(weights, costs, kept, cfg, budget)
-        stored = quantize(weights, plan, cfg)
-        content = encode_artifact(stored, cfg, tokenizer_sha256)
-        rt.log(f"artifact round:{number} model_bytes:{len(content)} time:{ms_since(begun)}")
-        merit = len(content) if len(content) <= limit else -len(content)  # the fullest that fits, else the least over
-        done = merit >= FULL_ENOUGH * limit or content == best  # the same again: so would all further rounds be
-        if merit > best_merit:
-            best, best_stored, best_merit = content, stored, merit
-        if done:
+        content = encode_artifact(quantize(weights, plan, cfg), cfg, tokenizer_sha256)
+        rt.log(f"artifact round:{i} model_bytes:{len(content)} time:{1000 * (time.perf_counter() - begun):.0f}ms")
+        same = content == best  # so would all further rounds be
+        if not best or len(best) < len(content) <= limit or len(content) < len(best) > limit:
+            best = content  # the fullest that fits, else the least over
+        if same or FULL_ENOUGH * limit <= len(best) <= limit:
             break
         budget = AIM * limit * coded_bytes(weights, plan, cfg) / len(content)  # entropy predicts the size within 3%
-    path = Path("logs", f"{cfg.run_id}.ptz")
-    write_atomically(path, best)
-    log_artifact(path, best_stored, cfg, rt)
-    return str(path)
+    write_atomically(Path("logs", f"{cfg.run_id}.ptz"), best)
+    return f"logs/{cfg.run_id}.ptz"
 
 
-def log_artifact(path: Path, stored: dict[str, Stored], cfg: Config, rt: Runtime) -> None:
-    """Log the size; by category also bytes with an ideal order-0 coder, bits per weight, most codes in a matrix."""
+def log_artifact(path: str, model_bytes: int, stored: dict[str, Stored], cfg: Config, rt: Runtime) -> bool:
+    """Log bytes by an ideal order-0 coder, bits per weight and most codes by category, and whether the file fits."""
     for kind in dict.fromkeys(map(category, stored)):
         tensors = [tensor for name, tensor in stored.items() if category(name) == kind]
         params = sum(tensor.values.numel() for tensor in tensors)
@@ -1066,12 +1044,12 @@ def log_artifact(path: Path, stored: dict[str, Stored], cfg: Config, rt: Runtime
         levels = max((len(tensor.values.unique()) for tensor in tensors if tensor.scale is not None), default=0)
         bits = f"bits_per_weight:{8 * size / params:.3f} levels:{levels}"
         rt.log(f"artifact category:{kind} params:{params} bytes:{size:.0f} {bits}")
-    model_bytes = path.stat().st_size
-    over = model_bytes + CODE_BYTES - cfg.artifact_limit_bytes
+    headroom = cfg.artifact_limit_bytes - model_bytes - CODE_BYTES
     files = f"model_bytes:{model_bytes} code_bytes:{CODE_BYTES} artifact_bytes:{model_bytes + CODE_BYTES}"
-    rt.log(f"artifact path:{path} codec:zstd-22 {files} limit:{cfg.artifact_limit_bytes} headroom_bytes:{-over}")
-    if over > 0:
-        rt.log(f"error: {over} bytes over ARTIFACT_LIMIT_BYTES: set RATE_CONTROL=1, or train a smaller model")
+    rt.log(f"artifact path:{path} codec:zstd-22 {files} limit:{cfg.artifact_limit_bytes} headroom_bytes:{headroom}")
+    if headroom < 0:
+        rt.log(f"error: {-headroom} bytes over ARTIFACT_LIMIT_BYTES: set RATE_CONTROL=1, or train a smaller model")
+    return headroom >= 0
 
 
 def with_model_fields(cfg: Config, stored: dict[str, Any]) -> Config:
@@ -1121,8 +1099,7 @@ def newest_checkpoint(cfg: Config, data: Data, rt: Runtime) -> dict[str, Any]:
             rt.log(f"warning: skipped a checkpoint: {error}")
             continue
         then, now = state["config"] | state["data"], vars(cfg) | data.identity
-        changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != then.get(name)]
-        if changed:
+        if changed := [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != then.get(name)]:
             listed = ", ".join(f"{name.upper()}={then.get(name)!r} there, {now[name]!r} now" for name in changed)
             raise ValueError(f"{path} is of another config: {listed}; set them back or choose another RUN_ID")
         rt.log(f"resume checkpoint:{path} step:{state['step']} train_time:{1000 * state['elapsed']:.0f}ms")
@@ -1136,7 +1113,7 @@ def newest_checkpoint(cfg: Config, data: Data, rt: Runtime) -> dict[str, Any]:
 MICRO_BATCH_TOKENS = {"cuda": 98_304, "cpu": 16_384}  # 98,304 is a rank's whole part on 8 GPUs
 CALIBRATION_BATCH = 2048  # tokens of one backward; its gradients are squared, so costs depend on it
 RECENT_STEPS = 100  # whose times foretell those to come
-TIME_MARGIN = 1.5  # no step begins unless this many times the longest (not median) recent one fits the cap
+TIME_MARGIN = 1.5  # what is begun must fit the cap if it takes this many times as long as the longest of its kind
 
 
 class Trainer:
@@ -1155,24 +1132,22 @@ class Trainer:
         self.swa = AveragedModel(model)  # SWA (arXiv:1803.05407): fp32 mean of snapshots of the master weights
         self.parts = {"model": model, "swa": self.swa} | self.optimizers  # what has a state of its own
         # All gradients are views of one buffer, which takes one all-reduce.
-        params = list(model.parameters())
-        sizes = list(map(Tensor.numel, params))
+        sizes = list(map(Tensor.numel, model.parameters()))
         self.flat_grad = torch.zeros(sum(sizes), device=rt.device)
-        for p, part in zip(params, self.flat_grad.split(sizes), strict=True):
+        for p, part in zip(model.parameters(), self.flat_grad.split(sizes), strict=True):
             p.grad = part.view_as(p)
         self.step = 0  # steps done
         self.elapsed = 0.0  # seconds of training, validation excluded, by rank 0's clock
         self.clock_zero = 0.0  # when that clock read 0
-        self.saved_at = 0.0  # `elapsed` of the last checkpoint
         self.durations: list[float] = []  # of the recent steps, seconds
+        self.seconds = math.inf  # for steps: the cap, less what `finish` takes
+        self.end_seconds = 0.0  # what starting QAT and `finish` take, by a rehearsal
         self.grids: Plan = {}  # that the MLP trains on; empty before fake quantization starts
         self.costs: Tensors = {}  # mean squared gradient of each row, see `grids_for_bytes`
-        # Training tokens for costs and choices: the last sequences in spread order, which a run in it reaches last.
+        # Training tokens for costs and choices: the last sequences in their order, shared out over the ranks.
         numbers = range(data.num_windows)[-max(1, cfg.calibration_tokens // cfg.train_seq_len) :]
-        batches = data.train_sequences(numbers, data.spread_stride).split(
-            max(1, CALIBRATION_BATCH // cfg.train_seq_len)
-        )
-        self.calibration_batches = batches[rt.rank :: rt.world_size]  # the same ones on any number of ranks
+        batch_seqs = max(1, CALIBRATION_BATCH // cfg.train_seq_len)
+        self.calibration_batches = data.train_sequences(numbers).split(batch_seqs)[rt.rank :: rt.world_size]
 
     def common_state(self) -> Trained:
         """What a checkpoint and the weights at the end have in common."""
@@ -1182,7 +1157,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. The last two stay; failing to write ends no run."""
-        begun, self.saved_at = time.perf_counter(), self.elapsed
+        begun = time.perf_counter()
         if self.rt.rank == 0:
             path = Path("logs", f"{self.cfg.run_id}.{self.step:09d}.ckpt")
             try:
@@ -1191,7 +1166,7 @@ class Trainer:
                 last_two = paths[: paths.index(path) + 1][-2:]  # later ones are of a run that could not be resumed
                 for old in {*paths, *checkpoint_paths(self.cfg.run_id, ".tmp*")}.difference(last_two):
                     old.unlink()
-                self.rt.log(f"checkpoint path:{path} time:{ms_since(begun)}")
+                self.rt.log(f"checkpoint path:{path} time:{1000 * (time.perf_counter() - begun):.0f}ms")
             except OSError as error:
                 self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact")
         self.elapsed = self.clock()  # counted, but not as part of the next step
@@ -1199,7 +1174,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `save` wrote, with any number of ranks."""
         self.step = state["step"]
-        self.elapsed = self.saved_at = state["elapsed"]
+        self.elapsed = state["elapsed"]
         self.durations, self.costs = state["durations"], state["costs"]
         self.grids = {name: Grid(*values) for name, values in state["grids"].items()}
         for name, part in self.parts.items():
@@ -1207,24 +1182,26 @@ class Trainer:
         self.model.refresh(self.grids)
 
     def clock(self) -> float:
-        """Seconds of training so far, by rank 0's clock."""
+        """Seconds of training so far, by rank 0's clock, once the device has done what it was given."""
+        if self.rt.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = torch.tensor(time.perf_counter() - self.clock_zero, dtype=torch.float64)
         if dist.is_initialized():
             dist.broadcast(seconds, src=0)
         return seconds.item()
 
-    def batch(self) -> Tensor:
-        """The tokens of this rank's part of a step, (micro-batches, sequences, TRAIN_SEQ_LEN + 1)."""
-        per_rank = self.micro_steps * self.micro_seqs
-        first = (self.step * self.rt.world_size + self.rt.rank) * per_rank
-        tokens = self.data.train_sequences(range(first, first + per_rank), self.data.stride).to(self.rt.device)
-        return tokens.view(self.micro_steps, self.micro_seqs, -1)
+    def fits(self, seconds: float) -> bool:
+        """Whether what takes `seconds` can be begun without risk for the cap."""
+        return self.elapsed + TIME_MARGIN * seconds <= self.seconds
 
     def train_step(self, lr_scale: float) -> tuple[float, float]:
         """Forward and backward of all micro-batches, then the update; returns loss and gradient norm over all ranks."""
         self.flat_grad.zero_()
         loss = torch.zeros((), device=self.rt.device)
-        for tokens in self.batch():
+        per_rank = self.micro_steps * self.micro_seqs
+        first = (self.step * self.rt.world_size + self.rt.rank) * per_rank
+        sequences = self.data.train_sequences(range(first, first + per_rank)).to(self.rt.device)
+        for tokens in sequences.split(self.micro_seqs):
             nll = self.forward(tokens[:, :-1], tokens[:, 1:])
             micro_loss = nll.mean() / (self.micro_steps * self.rt.world_size)
             micro_loss.backward()
@@ -1234,7 +1211,7 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip_norm or math.inf)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr_scale
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_scale
                 if "momentum" in group:
                     group["momentum"] = muon_momentum_at(self.step, lr_scale, self.cfg)
             optimizer.step()
@@ -1242,23 +1219,37 @@ class Trainer:
         return loss.item(), grad_norm.item()  # waits for the device
 
     def warm_up(self) -> None:
-        """Untimed steps on the first batch that compile and autotune the training step; all state is put back after."""
-        begun = step_begun = time.perf_counter()
+        """Untimed steps that compile everything, and a rehearsal of the end, to keep its time for it; all is undone."""
         before = copy.deepcopy(self.common_state() | {name: part.state_dict() for name, part in self.parts.items()})
-        for _ in range(self.cfg.warmup_steps):
-            step_begun = time.perf_counter()
+        cap = self.cfg.max_wallclock_seconds
+        start = begun = ended = self.clock()
+        for _ in range(self.cfg.warmup_steps or bool(cap)):
+            begun = self.clock()
             try:
                 self.train_step(1.0)
             except torch.OutOfMemoryError:
                 tokens = self.micro_seqs * self.cfg.train_seq_len
                 raise ValueError(f"{tokens} tokens do not fit the GPU: set MICRO_BATCH_TOKENS={tokens // 2}") from None
-        steps = f"warm_up steps:{self.cfg.warmup_steps} time:{ms_since(begun)} step_time:{ms_since(step_begun)}"
+            ended = self.clock()
+        if cap:
+            self.swa.n_averaged.fill_(2)  # so that there is a choice
+            scratch = Path("logs", f"{self.cfg.run_id}.weights.tmp{os.getpid()}")
+            self.finish(scratch)
+            self.rt.from_rank_0(scratch.unlink)
+            self.end_seconds = self.clock() - ended
+            self.seconds = cap - TIME_MARGIN * self.end_seconds
         self.restore(before)
-        self.rt.log(f"{steps} peak_memory_bytes:{torch.cuda.max_memory_allocated()}")
+        self.durations = [ended - begun]
+        took = f"time:{1000 * (self.clock() - start):.0f}ms peak_memory_bytes:{torch.cuda.max_memory_allocated()}"
+        times = f"step_time:{1000 * self.durations[0]:.0f}ms end_time:{1000 * self.end_seconds:.0f}ms"
+        self.rt.log(f"warm_up steps:{self.cfg.warmup_steps} {took} {times}")
+        if not self.fits(self.durations[0]):
+            raise ValueError(f"MAX_WALLCLOCK_SECONDS={cap} is too short for {times}")
+        if (steps := self.cfg.warmdown_iters) * self.durations[0] > self.seconds:
+            self.rt.log(f"warning: WARMDOWN_ITERS={steps} last longer than the cap: set WARMDOWN_FRAC instead")
 
     def calibrate(self) -> None:
         """Find what errors in the rows of all matrices cost: their mean squared gradients on training tokens."""
-        begun = time.perf_counter()
         squares = torch.zeros_like(self.flat_grad)
         for tokens in self.calibration_batches:
             self.flat_grad.zero_()
@@ -1269,7 +1260,6 @@ class Trainer:
         for name, p in self.model.named_parameters():
             if p.grad is not None and category(name) != "small":
                 self.costs[name] = p.grad.mean(dim=1).cpu()
-        self.rt.log(f"calibration step:{self.step} time:{ms_since(begun)}")
 
     def plan_for(self, weights: Tensors) -> Plan:
         """Grids for these weights, as the first round of `export` chooses them; those that the MLP trains on stay."""
@@ -1278,15 +1268,14 @@ class Trainer:
 
     def start_qat(self) -> None:
         """Switch fake quantization of the MLP on, on the grids of a plan for the weights as they are."""
-        begun = time.perf_counter()
         if self.cfg.rate_control and self.step > 0:  # before the first step gradients say little: fixed bits
             self.calibrate()
         plan = self.plan_for(self.model.state_dict())
         self.grids = {name: grid for name, grid in plan.items() if category(name) == "mlp"}
         self.swa.n_averaged.zero_()  # starts anew: snapshots from before would not fit those after
         self.model.refresh(self.grids)
+        self.rt.log(f"qat active:1 step:{self.step} time:{1000 * (self.clock() - self.elapsed):.0f}ms")
         self.elapsed = self.clock()
-        self.rt.log(f"qat active:1 step:{self.step} time:{ms_since(begun)}")
 
     @torch.no_grad()
     def quantized_loss(self, weights: Tensors) -> float:
@@ -1301,15 +1290,12 @@ class Trainer:
         nats, num_tokens = self.rt.all_reduce(sums).tolist()
         return nats / num_tokens
 
-    def finish(self) -> Trained:
-        """Choose the last or the averaged weights by their loss on training tokens after quantization; write them."""
-        begun = time.perf_counter()
-        path = Path("logs", f"{self.cfg.run_id}.weights")
+    def finish(self, path: Path) -> tuple[Trained, str]:
+        """Write the last or the averaged weights, whichever lose less on training tokens once quantized; and say so."""
         candidates = {"last": copy.deepcopy(self.model.state_dict())}  # the choice overwrites the model
         if self.cfg.swa_enabled and self.swa.n_averaged >= 2:
             candidates["swa"] = self.swa.module.state_dict()
-        chosen = list(candidates)[-1]  # the average, where there is one
-        losses = ""
+        chosen, losses = list(candidates)[-1], ""  # the average, where there is one
         trained = self.common_state() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))  # before anything that can fail
         if self.cfg.rate_control and not self.costs:
@@ -1318,13 +1304,9 @@ class Trainer:
             found = {name: self.quantized_loss(weights) for name, weights in candidates.items()}
             chosen = min(found, key=found.__getitem__)
             losses = "".join(f" {name}_loss:{loss:.5f}" for name, loss in found.items())
-        trained = self.common_state() | {"weights": candidates[chosen]}
+        trained |= self.common_state() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))
-        self.model.load_state_dict(candidates[chosen])
-        self.model.refresh(self.grids)
-        self.elapsed = self.clock()
-        self.rt.log(f"export weights:{chosen} snapshots:{int(self.swa.n_averaged)}{losses} time:{ms_since(begun)}")
-        return trained
+        return trained, f"weights:{chosen} path:{path} snapshots:{int(self.swa.n_averaged)}{losses}"
 
     def log_step(self, loss: float, grad_norm: float, lr_scale: float) -> None:
         """Log the step now and then; raise FloatingPointError for a loss or gradient that is not finite."""
@@ -1338,25 +1320,25 @@ class Trainer:
 
     def validate(self) -> None:
         """Log the score of the current weights in plain windows; the clock stands still."""
-        paused = time.perf_counter()
+        paused = self.clock()
         batch_seqs = max(1, self.cfg.val_batch_size // (self.cfg.train_seq_len * self.rt.world_size))
         score = SCORE.format(*evaluate(self.model, self.data, self.rt, self.cfg.train_seq_len, batch_seqs))
         self.rt.log(f"step:{self.step}/{self.cfg.iterations} {score} train_time:{1000 * self.elapsed:.0f}ms")
-        self.clock_zero += time.perf_counter() - paused
+        self.clock_zero += self.clock() - paused
 
     def run(self) -> Trained:
         """Train until steps or wall clock are used up; returns the weights to export."""
         cfg = self.cfg
-        cap = training_seconds(cfg)
         self.clock_zero = time.perf_counter() - self.elapsed
-        while self.step < cfg.iterations and self.elapsed + TIME_MARGIN * max(self.durations, default=0.0) < cap:
-            share_done = max(self.step / cfg.iterations, self.elapsed / cap)
-            if not self.grids and share_done >= cfg.qat_start_frac:  # never at 1
+        while self.step < cfg.iterations and self.fits(max(self.durations, default=0.0)):
+            share_done = max(self.step / cfg.iterations, self.elapsed / self.seconds)
+            if not self.grids and share_done >= cfg.qat_start_frac and self.fits(self.end_seconds):  # never at 1
                 self.start_qat()
                 continue  # it took time: is there some left?
-            # Few durations are mostly start-up: 0 lets `lr_scale_at` go by steps alone.
-            step_seconds = float(np.median(self.durations)) if len(self.durations) >= 5 else 0.0
-            lr_scale = lr_scale_at(self.step, self.elapsed, step_seconds, cfg)
+            steps_left: float = cfg.iterations - self.step
+            if len(self.durations) >= 5:  # fewer are mostly start-up
+                steps_left = min(steps_left, (self.seconds - self.elapsed) / float(np.median(self.durations)))
+            lr_scale = lr_scale_at(share_done, steps_left, cfg)
             begun = self.elapsed
             loss, grad_norm = self.train_step(lr_scale)
             self.step += 1
@@ -1366,16 +1348,21 @@ class Trainer:
             if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and self.step % cfg.swa_every == 0:
                 self.swa.update_parameters(self.model)
                 self.rt.log(f"swa snapshot:{int(self.swa.n_averaged)} step:{self.step} lr_scale:{lr_scale:.4f}")
-            if cfg.checkpoint_every and self.elapsed - self.saved_at >= cfg.checkpoint_every:
+            due = cfg.checkpoint_every and self.elapsed // cfg.checkpoint_every > begun // cfg.checkpoint_every
+            if due and self.fits(self.end_seconds):
                 self.save()
             if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and self.step < cfg.iterations:
                 self.validate()
-        trained = self.finish()
-        why = "iterations" if self.step == cfg.iterations else "wallclock_cap"
-        spent = f"train_time:{1000 * self.elapsed:.0f}ms peak_memory_bytes:{torch.cuda.max_memory_allocated()}"
-        self.rt.log(f"training stopped:{why} step:{self.step} {spent}")
+        if not self.grids and cfg.qat_start_frac < 1:
+            self.rt.log(f"warning: no QAT, as QAT_START_FRAC={cfg.qat_start_frac} left no time or step for it")
         self.validate()
-        self.rt.log(f"weights path:logs/{cfg.run_id}.weights (EXPORT_FROM exports them again)")
+        trained, chosen = self.finish(Path("logs", f"{cfg.run_id}.weights"))
+        for path in checkpoint_paths(cfg.run_id) if self.rt.rank == 0 else []:
+            path.unlink()  # of no use now
+        self.rt.log(f"export {chosen} time:{1000 * (self.clock() - self.elapsed):.0f}ms")
+        self.elapsed = self.clock()
+        why = "iterations" if self.step == cfg.iterations else "wallclock_cap"
+        self.rt.log(f"training stopped:{why} step:{self.step} train_time:{1000 * self.elapsed:.0f}ms")
         return trained
 
 
@@ -1406,18 +1393,13 @@ def report(weights: Tensors, data: Data, cfg: Config, rt: Runtime, label: str) -
     model.load_state_dict(weights)
     model.to(rt.device).refresh({})
     score = SCORE.format(*evaluate(model, data, rt, cfg.eval_stride or cfg.train_seq_len, cfg.eval_batch_seqs))
-    rt.log(f"{label}_sliding stride:{cfg.eval_stride} {score} eval_time:{ms_since(begun)}")
+    rt.log(f"{label}_sliding stride:{cfg.eval_stride} {score} eval_time:{1000 * (time.perf_counter() - begun):.0f}ms")
     if label == "final":
         rt.log(f"final_int8_zlib_roundtrip_exact {score}")
 
 
-def train(data: Data, cfg: Config, rt: Runtime) -> Trained:
-    """Build the model, train it, and return the weights to export, which are on disk then; nothing in a dry run."""
-    state: Trained = {}
-    if cfg.resume:
-        state = rt.from_rank_0(lambda: newest_checkpoint(cfg, data, rt))
-        if "weights" in state:  # training is done
-            return state
+def make_trainer(state: Trained, data: Data, cfg: Config, rt: Runtime) -> Trainer:
+    """Model and trainer, warmed up, at the start of the training or where a checkpoint's `state` left it."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.compute_dtype, rt.flash3)
     model.init_weights()
@@ -1429,63 +1411,81 @@ def train(data: Data, cfg: Config, rt: Runtime) -> Trained:
         trainer.warm_up()
     if state:
         trainer.restore(state)
-    if cfg.dry_run:
-        return {}
-    return trainer.run()
+    return trainer
 
 
 def main(cfg: Config, warnings: list[str]) -> int:
     """One run: runtime, data, then train, export, reload, evaluate; or the part that is asked for."""
-    trained: Trained = {}
+    trained: Trained = {}  # what is exported
+    given = cfg
     source, sha256 = cfg.eval_artifact or cfg.export_from, ""
     if cfg.eval_artifact:
         cfg, _, sha256 = decode_artifact(Path(source).read_bytes(), source, cfg)
     elif cfg.export_from:
         trained = load_tensors(Path(source), "config", "data", "weights", "grids", "costs")
         cfg, sha256 = with_model_fields(cfg, trained["config"]), trained["data"]["tokenizer_sha256"]
+    ignored = [name for name in MODEL_FIELDS if getattr(given, name) not in (getattr(cfg, name), getattr(Config, name))]
+    warnings += [f"{name.upper()} has no effect, {source} has {getattr(cfg, name)}" for name in ignored]
     rt = Runtime(cfg)
     log_start(cfg, warnings, rt)
     data = Data(cfg, rt)
     if source and sha256 != data.tokenizer_sha256:
         raise ValueError(f"{source} needs the tokenizer of sha256 {sha256}: set TOKENIZER_PATH")
-    if not source:
-        trained = train(data, cfg, rt)
+    if cfg.resume:
+        trained = rt.from_rank_0(lambda: newest_checkpoint(cfg, data, rt))
+    trainer = None
+    if not source and "weights" not in trained:  # a run that ended its training left those
+        trainer = make_trainer(trained, data, cfg, rt)
+    rt.open_log()
     if cfg.dry_run:
         rt.log("plan: the run can start")
         return 0
+    if trainer:
+        trained = trainer.run()
     if cfg.eval_float and trained:
         report(trained["weights"], data, cfg, rt, "float")
     artifact = cfg.eval_artifact or rt.from_rank_0(lambda: export(trained, cfg, rt, data.tokenizer_sha256))
     content = rt.from_rank_0(Path(artifact).read_bytes)  # other nodes lack the file
     _, stored, _ = decode_artifact(content, artifact, cfg)
+    fits = log_artifact(artifact, len(content), stored, cfg, rt)
     report({name: tensor.dequantize() for name, tensor in stored.items()}, data, cfg, rt, "final")
-    fits = CODE_BYTES + len(content) <= cfg.artifact_limit_bytes
     return 0 if fits or cfg.eval_artifact else OVER_LIMIT
+
+
+def end_on_signals(run_id: str, rank: str) -> None:
+    """End at once on SIGTERM, SIGHUP and Ctrl-C, even when the main thread waits in C++; rank 0 says how to go on."""
+
+    def end() -> None:
+        number = os.read(reading, 1)[0]
+        try:
+            for scratch in Path("logs").glob(f"**/*.tmp{os.getpid()}"):
+                scratch.unlink(missing_ok=True)
+            last = max(checkpoint_paths(run_id) or Path("logs").glob(f"{run_id}.weights"), default=None)
+            how = f"RESUME=1 RUN_ID={run_id} goes on from {last}" if last else "there is no checkpoint to go on from"
+            print(f"stopped by signal {number}: {how}", file=sys.stderr, flush=True)
+        finally:  # the terminal may be gone
+            os._exit(128 + number)
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    handler = signal.SIG_DFL if rank != "0" else lambda number, frame: None  # the other ranks just end
+    for number in signal.valid_signals() & {1, signal.SIGINT, signal.SIGTERM}:  # 1: SIGHUP, not on Windows
+        if signal.getsignal(number) != signal.SIG_IGN or "RANK" in os.environ:  # nohup; torchrun means it
+            signal.signal(number, handler)
+    threading.Thread(target=end, daemon=True).start()
 
 
 def command_line() -> int:
     """`main` with readable errors and an exit code: 2 to 4 as above, 128 + n when stopped by signal n."""
-
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(number)
-
     rank = os.environ.get("RANK", "0")
-    run_id = ""
     try:
-        handler = stop if rank == "0" else signal.SIG_DFL  # the other ranks just end
-        for number in signal.valid_signals() & {1, signal.SIGINT, signal.SIGTERM}:  # 1: SIGHUP, not on Windows
-            if signal.getsignal(number) != signal.SIG_IGN or "RANK" in os.environ:  # nohup; torchrun means it
-                signal.signal(number, handler)
         if len(sys.argv) > 1:
-            raise ValueError(f"settings are environment variables, not arguments: {sys.argv[1:]}\n{__doc__}")
+            print(__doc__)
+            return 0 if sys.argv[1] in ("-h", "--help") else BAD_INPUT
         cfg, warnings = load_config(os.environ)
-        run_id = cfg.run_id
+        end_on_signals(cfg.run_id, rank)
         return main(cfg, warnings)
-    except KeyboardInterrupt as stopped:
-        last = max(checkpoint_paths(run_id) or Path("logs").glob(f"{run_id}.weights"), default=None)
-        how = f"RESUME=1 RUN_ID={run_id} goes on from {last}" if last else "there is no checkpoint to go on from"
-        print(f"stopped by signal {stopped}: {how}", file=sys.stderr, flush=True)
-        return 128 + stopped.args[0]
     except (ValueError, OSError, FloatingPointError) as error:
         time.sleep(5 * (rank != "0"))  # rank 0 says the same, and ends the run meanwhile
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from tools import t as train_gpt
+from tools import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -146,7 +146,7 @@ def short_split(args: argparse.Namespace, folder: Path) -> None:
     for shard in sorted(Path(args.data).resolve().glob("fineweb_train_*.bin")):
         (folder / shard.name).symlink_to(shard)
     first = min(Path(args.data).glob("fineweb_val_*.bin"))
-    train_gpt.write_shard(folder / first.name, np.fromfile(first, "<u2", args.val_tokens, offset=1024))
+    write_shard(folder / first.name, np.fromfile(first, "<u2", args.val_tokens, offset=1024))
 
 
 def start(script: str, folder: Path, settings: dict[str, Any], args: argparse.Namespace) -> list[str]:

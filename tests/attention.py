@@ -80,9 +80,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
-    t.keep_freed_memory()
-    attention_alone()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        t.Runtime(t.Config(run_id="attention"))  # so that freed memory is kept
+        attention_alone()
         whole_steps()
 
 

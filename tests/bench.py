@@ -7,8 +7,7 @@
 Each case is one run of the script, as a user starts it: it trains a few steps, exports and scores. All times come from
 its console lines. With `--against`, a round runs one version and then the other, and a ratio is the median over the
 rounds of (other / this), so that a machine that slows down or is shared slows down both. Both read the same data, made
-from the documentation that Python, NumPy and PyTorch ship. A single thread, and a machine with nothing else to do, make
-the times repeat better.
+from Python's language reference. A single thread, and a machine with nothing else to do, make the times repeat better.
 """
 
 from __future__ import annotations
@@ -21,9 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+
+from tools import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -113,10 +115,11 @@ def waits(lines: Sequence[Line]) -> dict[str, float]:
 
     texts = [line.text for line in lines]
     targets = numbers(texts, "data path:", "val_targets")[-1]
+    before_export = next(line for line, after in pairwise(lines) if after.text.startswith("artifact "))
     found = {
         "start, up to the end of step 1": at("step:1/"),
         "training step": median(step_seconds(texts)[FIRST_STEPS - 1 :]),
-        "export, up to the file": at("artifact path:") - at("weights path:"),
+        "export, up to the file": at("artifact path:") - before_export.seconds,
         "sliding evaluation, 1,000 tokens": numbers(texts, "final_sliding", "eval_time")[-1] / targets,
         "the whole run": lines[-1].seconds,
     }
@@ -169,7 +172,7 @@ def make_data(case: Case, corpus: Path) -> Path:
     val = folder / "fineweb_val_000000.bin"
     tokens = train_gpt.open_shard(val)[: case.val_tokens].copy()
     val.unlink()
-    train_gpt.write_shard(val, tokens)
+    write_shard(val, tokens)
     return folder
 
 
@@ -196,7 +199,7 @@ def main(words: Sequence[str] | None = None) -> int:
         os.chdir(scratch)
         try:
             corpus = Path("corpus")
-            train_gpt.build_corpus(train_gpt.read_texts(train_gpt.Config(demo=True)), corpus, 1024)
+            train_gpt.build_corpus(list(train_gpt.topics.values()), corpus, 1024)
             for name in options.cases:
                 case = CASES[name]
                 found = rounds_of(scripts, case, make_data(case, corpus), options.rounds)

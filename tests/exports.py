@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from tools import t as train_gpt
+from tools import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {"EVAL_STRIDE": "0", "EVAL_BATCH_SEQS": "16", "RUN_ID": "out", "COMPILE": "0"}
@@ -119,7 +120,7 @@ def main() -> None:
         args.val = Path(name, "data")
         args.val.mkdir()
         shard = min(args.data.glob("fineweb_val_*.bin"))
-        train_gpt.write_shard(args.val / shard.name, np.fromfile(shard, "<u2", args.val_tokens, offset=1024))
+        write_shard(args.val / shard.name, np.fromfile(shard, "<u2", args.val_tokens, offset=1024))
         for weights in args.weights:
             for bits in map(float, args.bits.split(",")):
                 for kind in KINDS:

@@ -50,12 +50,12 @@ The script is used through its command line, `logs/RUN_ID.txt`, `.ptz` and `.wei
     artifact category:attn params:, mlp, embed                          likewise
     data path: val_targets:                                             a built corpus; speed of evaluation
     batch micro_batch_tokens:                                           micro-batch that the script took
-    warm_up time: peak_memory_bytes:            in a dry run, too       compile and warm-up seconds, memory
+    warm_up time: peak_memory_bytes: end_time:  in a dry run, too       compile and warm-up seconds, memory, rehearsal
     step:N/M train_loss: train_time:                                    step time, loss
-    calibration time:, qat active: step: time:                          cost of the switch to fake quantization
+    qat active: step: time:                                             cost of the switch to fake quantization
     checkpoint path:, resume checkpoint: step:                          resume
     export weights: time:                                               choice of weights
-    training stopped: step: train_time: peak_memory_bytes:              clock, memory
+    training stopped: step: train_time:                                 clock
     artifact round: time:                                               export
     artifact path: artifact_bytes: limit:                               size
     float_sliding val_bpb:, final_sliding val_bpb: eval_time:           score
@@ -108,10 +108,8 @@ USABLE_SHARE = 0.95  # of the minutes given; the rest is for starting and ending
 GPU_TRAINING_SHARE = 0.125  # of stage 2, a guess: the rest is starting, compiling, exporting and scoring
 CPU_TRAINING_SHARE = 0.05  # likewise, measured on 2 cores
 LEAST_TRAINING_SECONDS = 2.0
-GPU_STEP_MS = 90  # expected; only the length of the warmdown depends on it
 TOY_VOCAB_SIZE = 512  # of a corpus that is built; other data has the default's 1,024
 TOY_ITERATIONS = 45  # on a CPU, whatever a step takes there, if the time allows
-WARMDOWN_SHARE = 2500 / 7000  # steps of the default's warmdown and of a full run
 START_SECONDS = 60  # at most, for PyTorch to start and name the card before the first stage
 
 MEMORY_TRIES = 4  # 98,304 tokens a micro-batch, and the next three halves
@@ -385,10 +383,9 @@ def has_trained(step: int) -> Until:
 
 def train_and_score(session: Session, name: str, special: Settings, torchrun: bool | None = None) -> None:
     """Train for `train_seconds`, export, score; figures of all of it. What compiling spoils is tried without."""
-    steps = TOY_ITERATIONS if session.cpu else 1000 * session.train_seconds / GPU_STEP_MS
     settings = {
         "MAX_WALLCLOCK_SECONDS": session.train_seconds,
-        "WARMDOWN_ITERS": round(WARMDOWN_SHARE * steps),
+        "WARMDOWN_ITERS": -1,  # as WARMDOWN_FRAC says
         "VAL_LOSS_EVERY": 0,
         "TRAIN_LOG_EVERY": 1 if session.cpu else 10,
         "EVAL_FLOAT": 1,
@@ -435,10 +432,7 @@ def score_of(run: Run) -> str:
 
 
 def note_training(session: Session, run: Run, run_id: str) -> None:
-    """Figures of a run up to its last step, and of what it did with the weights afterwards.
-
-    `calibration_s` is a part of `qat_switch_s`, or of `choice_s` where nothing switches.
-    """
+    """Figures of a run up to its last step, and of what it did with the weights afterwards."""
     log = session.log
     log.figure("compile_warm_up_s", run.number("warm_up", "time", 1e-3))
     times = step_times(run.lines)
@@ -453,7 +447,7 @@ def note_training(session: Session, run: Run, run_id: str) -> None:
         log.figure("share_of_ceiling", tflops / ceiling if ceiling else None)
     log.figure("micro_batch_tokens", run.number("batch", "micro_batch_tokens"))
     note_peak_memory(log, run)
-    log.figure("calibration_s", run.number("calibration", "time", 1e-3))
+    log.figure("end_rehearsed_s", run.number("warm_up", "end_time", 1e-3))
     log.figure("qat_switch_s", run.number("qat active", "time", 1e-3))
     log.figure("choice_s", run.number("export weights", "time", 1e-3))
     for i, milliseconds in enumerate(numbers(run.lines, "artifact round", "time")):
@@ -468,7 +462,7 @@ def note_training(session: Session, run: Run, run_id: str) -> None:
 
 def note_peak_memory(log: StageLog, run: Run) -> None:
     """The most that PyTorch's allocator has held, which a CPU's log gives as 0."""
-    log.figure("peak_gb", run.number("training stopped", "peak_memory_bytes", 1e-9) or None)
+    log.figure("peak_gb", run.number("warm_up", "peak_memory_bytes", 1e-9) or None)
 
 
 def step_tflop(run: Run, config: dict[str, Any]) -> float | None:

@@ -53,7 +53,7 @@ def start(folder: Path, ranks: int, log: Path, **changes: Any) -> subprocess.Pop
 
 def wait_for(process: subprocess.Popen[bytes], folder: Path, log: Path, phase: str, share: float) -> str:
     """Sleep until a moment of the phase, chosen by `share` in [0, 1); says which. Returns early if the run ends."""
-    step, event = 1 + int(share * (ITERATIONS - 1)), re.compile(rb"weights path:")
+    step, event = 1 + int(share * (ITERATIONS - 1)), re.compile(rb"export weights:")
     if phase in ("training", "checkpoint writing"):
         event = re.compile(rb"step:%d/" % step)
     elif phase == "evaluation":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
@@ -12,7 +13,6 @@ import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import processes
 import pytest
+import torch.distributed.run
 from tools import ROOT, environment, t
 
 CODE_BYTES = (ROOT / "train_gpt.py").stat().st_size
@@ -82,20 +83,15 @@ def do_at(patch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> No
     do_after(patch, t.Trainer, "log_step", lambda trainer, *_: action() if trainer.step == step else None)
 
 
-def cli(folder: Path, settings: dict[str, Any], *arguments: str, ignored: bool = False, **more: Any) -> Outcome:
-    """The command line in `folder`, inside this process and on one thread; with `ignored`, as nohup starts it."""
+def cli(folder: Path, settings: dict[str, Any], *arguments: str, **more: Any) -> Outcome:
+    """The command line in `folder`, inside this process and on one thread, without its answer to signals."""
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    if ignored:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threads = t.torch.get_num_threads()
     t.torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        for number, handler in handlers.items():
-            if handler == signal.SIG_IGN and not ignored:  # pytest may run under nohup
-                signal.signal(number, signal.SIG_DFL)
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train_gpt.py", *arguments])
+        patch.setattr(t, "end_on_signals", lambda *_: None)
         for name, value in environment(**settings | more).items():
             patch.setenv(name, value)
         try:
@@ -103,8 +99,6 @@ def cli(folder: Path, settings: dict[str, Any], *arguments: str, ignored: bool =
         except Killed:
             code = -9
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             t.torch.set_num_threads(threads)
     return Outcome(code, out.getvalue(), err.getvalue())
 
@@ -112,8 +106,11 @@ def cli(folder: Path, settings: dict[str, Any], *arguments: str, ignored: bool =
 class Forked:
     """A forked process with the face of a Popen."""
 
-    def __init__(self, folder: Path, output: Path, env: dict[str, str]) -> None:
-        self.process = forks().Process(target=become_the_script, args=(folder, output, env), daemon=True)
+    def __init__(
+        self, folder: Path, output: Path, env: dict[str, str], become: Callable[[], None] | None = None
+    ) -> None:
+        args = (folder, output, env, become or become_the_script)
+        self.process = forks().Process(target=with_output, args=args, daemon=True)
         self.process.start()
         self.pid = self.process.pid
 
@@ -140,23 +137,58 @@ def forks() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def become_the_script(folder: Path, output: Path, env: dict[str, str]) -> None:
-    """In a forked process: what `python train_gpt.py` does with this environment, output to a file."""
+def with_output(folder: Path, output: Path, env: dict[str, str], become: Callable[[], None]) -> None:
+    """In a forked process: `become` with this folder and environment, output to a file, its signals not ignored."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = ["train_gpt.py"]
+    for number in STOP_SIGNALS:  # pytest may run under nohup
+        signal.signal(number, signal.SIG_DFL)
     t.torch.set_num_threads(1)
+    become()
+
+
+def become_the_script() -> None:
+    """What `python train_gpt.py` does."""
+    sys.argv = ["train_gpt.py"]
     runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")
+
+
+def become_the_launcher(options: tuple[str, ...]) -> None:
+    """What torchrun does with these options and the script."""
+    torch.distributed.run.main([*options, str(ROOT / "train_gpt.py")])
+
+
+def become_the_stopped(number: int, owner: str, name: str, call: int, ignored: bool, err: Path | None) -> None:
+    """The command line, which gets a signal; standard error to a file, or to a pipe that nobody reads."""
+
+    def send(*_: Any, **__: Any) -> None:
+        """The signal, and time for it to end this process."""
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+            time.sleep(0 if ignored else 20)
+
+    if err:
+        pipe = os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    else:
+        reading, pipe = os.pipe()
+        os.close(reading)
+    os.dup2(pipe, 2)
+    if ignored:
+        signal.signal(number, signal.SIG_IGN)
+    sys.argv = ["train_gpt.py"]
+    calls = itertools.count(1)
+    do_after(pytest.MonkeyPatch(), getattr(t, owner) if owner else t, name, send)
+    os._exit(t.command_line())
 
 
 class Started:
     """A run in another process. A test that waits for it fails after `LIMIT_SECONDS`."""
 
-    def __init__(self, process: subprocess.Popen[bytes] | Forked, output: Path) -> None:
+    def __init__(self, process: Forked, output: Path) -> None:
         self.process, self.output = process, output
         self.deadline = time.monotonic() + LIMIT_SECONDS
 
@@ -189,21 +221,34 @@ def clean_environment(settings: dict[str, Any]) -> dict[str, str]:
     return env | environment(**settings) | {"OMP_NUM_THREADS": "1"}
 
 
-def torchrun(folder: Path, *options: str, **settings: Any) -> Started:
-    """The script under torchrun in `folder`."""
-    command = [sys.executable, "-u", "-m", "torch.distributed.run", *options, str(ROOT / "train_gpt.py")]
-    output = folder / "torchrun.txt"
-    with output.open("wb") as file:
-        env = clean_environment(settings)
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT)
-    return Started(process, output)
-
-
-def fork(folder: Path, name: str = "output", **settings: Any) -> Started:
-    """The script in `folder` as a forked process."""
+def fork(folder: Path, name: str = "output", become: Callable[[], None] | None = None, **settings: Any) -> Started:
+    """The script, or what else it shall become, in `folder` as a forked process."""
     output = folder / f"{name}.txt"
     output.touch()
-    return Started(Forked(folder, output, clean_environment(settings)), output)
+    return Started(Forked(folder, output, clean_environment(settings), become), output)
+
+
+def torchrun(folder: Path, *options: str, **settings: Any) -> Started:
+    """The script under torchrun in `folder`."""
+    return fork(folder, "torchrun", functools.partial(become_the_launcher, options), **settings)
+
+
+def stopped(
+    folder: Path,
+    settings: dict[str, Any],
+    number: int,
+    name: str = "log_step",
+    call: int = 4,
+    owner: str = "Trainer",  # "" is the script itself
+    ignored: bool = False,  # as nohup starts it
+    unheard: bool = False,  # its standard error is a pipe that nobody reads
+    **more: Any,
+) -> Outcome:
+    """The command line in a process of its own that gets a signal after so many calls of `owner.name`."""
+    err = None if unheard else folder / "stopped_err.txt"
+    become = functools.partial(become_the_stopped, number, owner, name, call, ignored, err)
+    code, out = fork(folder, "stopped", become, **settings | more).end()
+    return Outcome(code, out, err.read_text() if err else "")
 
 
 def free_port() -> int:

@@ -19,7 +19,8 @@ LINES = [
     Line(4.0, "step:4/5 train_loss:6.0 lr_scale:1.0000 grad_norm:1.0 train_time:3300ms step_avg:825.00ms"),
     Line(4.2, "step:5/5 train_loss:6.0 lr_scale:1.0000 grad_norm:1.0 train_time:3500ms step_avg:700.00ms"),
     Line(4.5, "step:5/5 val_loss:5.00000000 val_bpb:3.00000000 train_time:4000ms"),
-    Line(5.0, "weights path:logs/x.weights (EXPORT_FROM exports them again)"),
+    Line(4.8, "export weights:last path:logs/x.weights snapshots:0 time:250ms"),
+    Line(5.0, "training stopped:iterations step:5 train_time:4250ms"),
     Line(6.0, "artifact round:0 model_bytes:9 time:9ms"),
     Line(7.5, "artifact path:logs/x.ptz codec:zstd-22 model_bytes:9 code_bytes:9 artifact_bytes:18 limit:99"),
     Line(9.0, "final_sliding stride:64 val_loss:5.00000000 val_bpb:3.00000000 eval_time:800ms"),
@@ -43,6 +44,14 @@ def test_waits() -> None:
         "the whole run": 9.5,
         "checkpoint": 0.4,
     })  # fmt: skip
+
+
+def test_export_begins_where_the_line_before_ends() -> None:
+    """Whatever another version, or a score of the float weights, prints there."""
+    at = [line.text[:16] for line in LINES].index("training stopped")
+    for text in ("weights path:logs/x.weights (EXPORT_FROM)", "float_sliding stride:64 val_loss:5.00000000"):
+        lines = [*LINES[: at + 1], Line(5.75, text), *LINES[at + 1 :]]
+        assert waits(lines)["export, up to the file"] == pytest.approx(7.5 - 5.75)
 
 
 def test_table() -> None:

@@ -66,7 +66,7 @@ def exported(
     trained_for: t.Config | None = None,
     calibrated: bool = True,
 ) -> tuple[bytes, list[str]]:
-    """What `export` leaves on disk, and its log; `trained_for`: the config of training, where it is another."""
+    """What `export` leaves on disk, and what a run logs; `trained_for`: the config of training, where it is another."""
     trained = {
         "config": vars(trained_for or cfg),
         "weights": weights,
@@ -76,7 +76,10 @@ def exported(
     rt = runtime()
     path = Path(t.export(trained, cfg, rt, SHA256))
     assert path == Path("logs/x.ptz") and list(Path("logs").iterdir()) == [path]
-    return path.read_bytes(), rt.lines
+    content = path.read_bytes()
+    fits = t.log_artifact(str(path), len(content), t.decode_artifact(content, "x.ptz", cfg)[1], cfg, rt)
+    assert fits == (CODE_BYTES + len(content) <= cfg.artifact_limit_bytes)
+    return content, rt.lines
 
 
 def rounds_of(lines: list[str]) -> list[str]:
@@ -219,7 +222,8 @@ def test_log_of_the_sizes() -> None:
     assert values(log, "model_bytes")[-1] == len(content) and values(log, "code_bytes") == [CODE_BYTES]
     assert values(log, "artifact_bytes") == [len(content) + CODE_BYTES]
     assert values(log, "headroom_bytes") == [40_000 - len(content)] and values(log, "limit") == [CODE_BYTES + 40_000]
-    assert re.findall(r"artifact category:(\w+)", log) == ["small", "embed", "bigram", "attn", "mlp"]
+    assert lines[-1].startswith("artifact path:logs/x.ptz codec:zstd-22 ")
+    assert sorted(re.findall(r"artifact category:(\w+)", log)) == ["attn", "bigram", "embed", "mlp", "small"]
     assert sum(values(log, "params")) == size_of(weights)
     assert sum(values(log, "bytes")) == pytest.approx(len(content), rel=0.03)
     rates = [8 * size / params for size, params in zip(values(log, "bytes"), values(log, "params"), strict=True)]
@@ -248,7 +252,8 @@ def test_too_small_a_limit_is_said() -> None:
 
 def test_over_the_limit_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way from weights on disk: a file over the limit is scored, exit code 3; scored again it gives the same
-    number and 0; so does one that fits. Data with another tokenizer are refused."""
+    number and 0, and says again that it is over; one that fits gives the number, too. Sizes of another model have no
+    effect, which is said. Data with another tokenizer are refused."""
     rt = runtime()
     monkeypatch.setattr(t, "Runtime", lambda cfg: rt)
     cfg = config(run_id="x", artifact_limit_bytes=1000, eval_stride=32)
@@ -257,16 +262,21 @@ def test_over_the_limit_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = {"config": vars(cfg), "weights": weights, "costs": {}, "grids": {}, "data": {"tokenizer_sha256": sha256}}
     t.save_tensors(Path("x.weights"), trained)
     scores = []
-    for changes, code in (
-        ({"export_from": "x.weights", "num_layers": 2}, t.OVER_LIMIT),
-        ({"eval_artifact": "logs/x.ptz", "num_layers": 5}, 0),
-        ({"export_from": "x.weights", "artifact_limit_bytes": 16_000_000}, 0),
+    for changes, code, is_over in (
+        ({"export_from": "x.weights", "num_layers": 2}, t.OVER_LIMIT, True),
+        ({"eval_artifact": "logs/x.ptz", "num_layers": 5}, 0, True),
+        ({"eval_artifact": "logs/x.ptz", "artifact_limit_bytes": 16_000_000}, 0, False),
+        ({"export_from": "x.weights", "artifact_limit_bytes": 16_000_000}, 0, False),
     ):
         rt.lines.clear()
         assert t.main(t.dataclasses.replace(cfg, **changes), []) == code
         over = [line for line in rt.lines if line.startswith("error: ")]
-        assert len(over) == (code == t.OVER_LIMIT == 3)
+        assert len(over) == is_over and t.OVER_LIMIT == 3
         assert all("bytes over ARTIFACT_LIMIT_BYTES" in line for line in over)
+        ignored = [f"warning: NUM_LAYERS has no effect, {next(iter(changes.values()))} has 3"]
+        assert [line for line in rt.lines if line.startswith("warning: ")] == ignored * ("num_layers" in changes)
+        sizes = [line for line in rt.lines if line.startswith("artifact path:")]
+        assert len(sizes) == 1 and values(sizes[0], "model_bytes") == [Path("logs/x.ptz").stat().st_size]
         assert rt.lines[-1].startswith("final_int8_zlib_roundtrip_exact val_loss:")
         scores.append(rt.lines[-1])
     assert len(set(scores)) == 1

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from tools import config, load_artifact, model_for, plan_for, runtime, t
+from tools import config, load_artifact, model_for, plan_for, runtime, t, write_shard
 
 SECONDS, MEMORY = 2.0, 1 << 30  # what one file may take; the memory of them all together
 
@@ -198,7 +198,7 @@ def test_artifacts(artifact: tuple[t.Config, bytes, dict[str, t.Stored]]) -> Non
 def test_shards(tmp_path: Path) -> None:
     """2,000 mutated shards: refused, or every token that can be read is one of the file's, within the vocabulary."""
     rng, path = random.Random(1), tmp_path / "fineweb_train_000000.bin"
-    t.write_shard(path, np.random.default_rng(0).integers(0, 300, 700))
+    write_shard(path, np.random.default_rng(0).integers(0, 300, 700))
     content = path.read_bytes()
 
     def mutations() -> Iterator[bytes]:

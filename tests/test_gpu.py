@@ -51,7 +51,7 @@ AFTER_TRAINING = (
 ).split()
 FIGURES = {
     "1": ["product_tflops", "copy_gb_per_s"],
-    "2": [*AFTER_TRAINING, "calibration_s"],
+    "2": [*AFTER_TRAINING, "end_rehearsed_s"],
     "3": "same_score killed_at_step resumed_at_step ended_at_step steps_trained_twice losses_apart smaller_limit "
     "smaller_bytes smaller_bpb_of_few_windows eval_tokens_per_s eval_s_8gpu".split(),
     "4": AFTER_TRAINING,
@@ -498,15 +498,14 @@ def figures_of(tmp_path: Path) -> dict[str, str]:
 
 SCORED = "final_sliding stride:64 val_bpb:1.5 eval_time:9ms"
 TRAINED = """\
-warm_up steps:20 time:21500ms step_time:90ms peak_memory_bytes:30000000000
+warm_up steps:20 time:21500ms step_time:90ms peak_memory_bytes:30000000000 end_time:1250ms
 step:5/400 train_loss:6.0 lr_scale:1.0000 grad_norm:1.0 train_time:450ms step_avg:90.00ms
 step:10/400 train_loss:5.9 lr_scale:1.0000 grad_norm:1.0 train_time:900ms step_avg:90.00ms
-calibration step:15 time:1250ms
 qat active:1 step:15 time:1750ms
 step:20/400 train_loss:5.5 lr_scale:0.5000 grad_norm:1.0 train_time:3600ms step_avg:180.00ms
 step:30/400 train_loss:5.4 lr_scale:0.5000 grad_norm:1.0 train_time:4600ms step_avg:153.33ms
-export weights:swa snapshots:3 last_loss:5.40000 swa_loss:5.30000 time:2250ms
-training stopped:wallclock_cap step:30 train_time:44500ms peak_memory_bytes:31000000000
+export weights:swa path:logs/x.weights snapshots:3 last_loss:5.40000 swa_loss:5.30000 time:2250ms
+training stopped:wallclock_cap step:30 train_time:44500ms
 artifact round:0 model_bytes:16400000 time:12000ms
 artifact round:1 model_bytes:15900000 time:8500ms
 artifact path:logs/x.ptz codec:zstd-22 model_bytes:15900000 code_bytes:90000 artifact_bytes:15990000 limit:16000000"""
@@ -525,8 +524,8 @@ def test_figures_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "compile_warm_up_s": 21.5,
         "ms_per_step": 90,
         "ms_per_step_qat": 100,
-        "peak_gb": 31,
-        "calibration_s": 1.25,
+        "peak_gb": 30,
+        "end_rehearsed_s": 1.25,
         "qat_switch_s": 1.75,
         "choice_s": 2.25,
         "export_round_0_s": 12,
@@ -681,8 +680,8 @@ OUT_OF_MEMORY = [BATCH, "torch.OutOfMemoryError: CUDA out of memory. Tried to al
 
 def test_less_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the value that the message names."""
-    stopped = "training stopped:iterations step:6 train_time:9ms peak_memory_bytes:19500000000"
-    ended = Run([BATCH.replace("micro_batch_tokens:98304", "micro_batch_tokens:32768"), stopped], 0)
+    warmed = "warm_up steps:2 time:9ms peak_memory_bytes:19500000000 step_time:1ms end_time:0ms"
+    ended = Run([BATCH.replace("micro_batch_tokens:98304", "micro_batch_tokens:32768"), warmed], 0)
     session, asked = on_gpu(tmp_path, monkeypatch, Run([BATCH, ADVICE], 2), ended)
     gpu.memory(session)
     assert [settings.get("MICRO_BATCH_TOKENS") for settings in asked] == [None, 32768]

@@ -269,7 +269,10 @@ def test_categories_of_the_fixed_grids() -> None:
     assert len(plan) == 4 * 6 - 1 + 2
     pr314 = t.load_config({"RECIPE": "pr314"})[0]
     names = ["blocks.0.attn.q_proj.weight", "blocks.0.mlp.up_proj.weight", "bigram.embed.weight"]
-    assert t.fixed_grids(names, pr314) == dict(zip(names, (t.Grid(6), t.Grid(4), t.Grid(6)), strict=True))
+    weights, bits = dict.fromkeys(names, torch.zeros(2, 3)), (6, 4, 6)
+    assert t.grids_for_bytes(weights, {}, {}, pr314, 0) == dict(zip(names, map(t.Grid, bits), strict=True))
+    kept = {"blocks.0.mlp.up_proj.weight": t.Grid(3)}
+    assert t.grids_for_bytes(weights, {}, kept, pr314, 0)["blocks.0.mlp.up_proj.weight"] == t.Grid(3)
     assert {t.category(name) for name in mlp_grids(config())} == {"mlp"}
 
 

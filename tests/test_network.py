@@ -398,8 +398,8 @@ def test_weight_average() -> None:
 
 @pytest.mark.parametrize("sequence_order", ["spread", "file"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_calibration_reads_what_spread_order_reaches_last(sequence_order: str, ranks: int) -> None:
-    """Whichever order training reads in. Ranks share the batches without overlap."""
+def test_calibration_reads_what_the_order_reaches_last(sequence_order: str, ranks: int) -> None:
+    """The order that training reads in, whichever. Ranks share the batches without overlap."""
     trainers = [
         trainer_for(rank, ranks, calibration_tokens=6500, sequence_order=sequence_order) for rank in range(ranks)
     ]
@@ -409,9 +409,9 @@ def test_calibration_reads_what_spread_order_reaches_last(sequence_order: str, r
     assert all(tokens.shape[0] * 32 <= t.CALIBRATION_BATCH for part in parts for tokens in part)
     got = torch.cat([tokens for part in parts for tokens in part])
     numbers = range(data.num_windows - 6500 // 32, data.num_windows)
-    expected = [data.train.read(n * data.spread_stride % data.num_windows * 32, 33).tolist() for n in numbers]
+    expected = [data.train.read(n * data.stride % data.num_windows * 32, 33).tolist() for n in numbers]
     assert sorted(got.tolist()) == sorted(expected)
-    first = data.train_sequences(range(data.num_windows - len(expected)), data.spread_stride).tolist()
+    first = data.train_sequences(range(data.num_windows - len(expected))).tolist()
     assert not {tuple(sequence) for sequence in first} & {tuple(sequence) for sequence in expected}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tools import config, runtime, t
+from tools import config, plan_for, runtime, t, write_shard
 
 SETTINGS = {
     "recipe": "pr314", "train_seq_len": 32, "train_batch_tokens": 512, "iterations": 20, "warmdown_iters": 15,
@@ -45,10 +45,10 @@ def losses(folder: Path, qat: bool) -> list[float]:
     """Losses of 20 steps on the fixed tokens from the fixed weights."""
     frozen = {"matrix_lr": 0.0, "qat_start_frac": 0.0} if qat else {"qat_start_frac": 1.0}
     cfg = config(**(SETTINGS | frozen))
-    t.write_shard(folder / "fineweb_train_000000.bin", fixed_tokens())
+    write_shard(folder / "fineweb_train_000000.bin", fixed_tokens())
     data = t.Data.__new__(t.Data)
     assert cfg.sequence_order == "file"
-    data.seq_len, data.stride, data.spread_stride = cfg.train_seq_len, 1, 1
+    data.seq_len, data.stride = cfg.train_seq_len, 1
     data.train = t.TokenShards(str(folder / "*.bin"), cfg.vocab_size, 1)
     data.num_windows = (data.train.total - 1) // data.seq_len
     model = t.GPT(cfg, torch.float32)
@@ -59,7 +59,7 @@ def losses(folder: Path, qat: bool) -> list[float]:
         trainer.start_qat()
     found = []
     for step in range(cfg.iterations):
-        found.append(trainer.train_step(t.lr_scale_at(step, 0.0, 0.0, cfg))[0])
+        found.append(trainer.train_step(t.lr_scale_at(step / cfg.iterations, cfg.iterations - step, cfg))[0])
         trainer.step += 1
     return found
 
@@ -78,7 +78,7 @@ def test_same_codes_and_scales() -> None:
     model = t.GPT(cfg, torch.float32)
     fixed_weights(model)
     weights = model.state_dict()
-    stored = t.quantize(weights, t.fixed_grids(weights, cfg), cfg)
+    stored = t.quantize(weights, plan_for(cfg), cfg)
     digest = hashlib.sha256()
     for name in sorted(stored):
         for part in stored[name]:

@@ -45,7 +45,7 @@ def own_log(seed: int, loss: float, **changes: Any) -> str:
         "data train_shards:80 train_tokens:8000000000 windows:3906249",
         f"model params:10 seed:{seed}",
         "batch tokens:1000 ranks:8 micro_batch_tokens:125 micro_steps:1",
-        "warm_up steps:20 time:31200ms step_time:90ms peak_memory_bytes:1",
+        "warm_up steps:20 time:31200ms peak_memory_bytes:1 step_time:90ms end_time:900ms",
     ]
     train_ms = train_ms - 1000  # the rest is the choice of weights
     for step in (1, 50, 80, 100):
@@ -56,28 +56,24 @@ def own_log(seed: int, loss: float, **changes: Any) -> str:
             f"step_avg:{train_ms / 100:.2f}ms"
         )
         if step == 80:
-            lines += ["swa snapshot:1 step:70 lr_scale:0.3", "calibration step:75 time:1500ms"]
-            lines += ["qat active:1 step:75 time:2100ms", f"checkpoint path:logs/r{seed}.000000080.ckpt time:90ms"]
+            lines += ["swa snapshot:1 step:70 lr_scale:0.3", "qat active:1 step:75 time:2100ms"]
+            lines += [f"checkpoint path:logs/r{seed}.000000080.ckpt time:90ms"]
             lines += ["swa snapshot:1 step:80 lr_scale:0.2", "swa snapshot:2 step:90 lr_scale:0.1"]
-        if step == 100:
-            lines.append("export weights:swa snapshots:2 last_loss:1.95000 swa_loss:1.90000 time:1000ms")
-            time = f"train_time:{train_ms + 1000:.0f}ms"
-            lines.append(f"training stopped:iterations step:100 {time} peak_memory_bytes:1")
         if step > 1:
             at = loss + 1 / step
-            lines.append("evaluation done:50.0%")
             lines.append(f"step:{step}/100 val_loss:{at:.8f} val_bpb:{bpb(at):.8f} {time}")
+    chosen = f"weights:swa path:logs/r{seed}.weights snapshots:2 last_loss:1.95000 swa_loss:1.90000"
+    lines.append(f"export {chosen} time:1000ms")
+    lines.append(f"training stopped:iterations step:100 train_time:{train_ms + 1000:.0f}ms")
     floats = loss - 0.01
     sizes = f"model_bytes:{total - 90000} code_bytes:90000 artifact_bytes:{total} limit:16000000"
     return "\n".join(lines + [
-        f"weights path:logs/r{seed}.weights (EXPORT_FROM exports them again)",
         f"float_sliding stride:64 val_loss:{floats:.8f} val_bpb:{bpb(floats):.8f} eval_time:9ms",
         "artifact round:0 model_bytes:16310000 time:18000ms",
         f"artifact round:1 model_bytes:{total - 90000} time:9900ms",
         "artifact category:mlp params:5 bytes:8000000 bits_per_weight:3.500 levels:15",
         "artifact category:embed params:5 bytes:2000000 bits_per_weight:6.100 levels:70",
         f"artifact path:logs/r{seed}.ptz codec:zstd-22 {sizes} headroom_bytes:{16_000_000 - total}",
-        "evaluation done:50.0%",
         f"final_sliding stride:64 val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f} eval_time:{eval_ms}ms",
         f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb(loss):.8f}",
     ]) + "\n"  # fmt: skip
@@ -89,9 +85,7 @@ FIRST_EDITION = {  # how its lines were
     r"^warm_up steps:20 .*$": "warm_up steps:20 time:31.2s (undone)",
     r"^(step:.* step_avg:\S+)$": r"\1 tokens_per_s:9 eta:1s rank_tflops:3",
     r"^(step:.* val_bpb:.*)$": r"\1 step_avg:9.99ms mode:banded",
-    r"^calibration .*$": "plan step:75 bits:mlp4,attn5,attn6,embed7 time:2.1s",
     r"^qat .*$": "qat active:1 step:75 bits:mlp4",
-    r"^evaluation done:50.0%$": "validation done:50.0% eta:3s",
     r"^export .*$": "export weights:swa rounding:feedback snapshots:2 last_nearest_loss:1.95 swa_nearest_loss:1.9",
     r"^(\w+_sliding stride.*)$": r"\1 tokens_per_s:9",
     r"^artifact (round:\d) model_bytes:(\d+)": r"artifact \1 artifact_bytes:\2 rounding_time:3000ms",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tools import config, model_for, runtime, t
+from tools import batch, config, model_for, runtime, t
 
 PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the settings that came later
     "data_path": "./data/datasets/fineweb10B_sp1024",
@@ -25,6 +26,7 @@ PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the setti
     "iterations": 20000,
     "max_wallclock_seconds": 600.0,
     "warmup_steps": 20,
+    "warmdown_frac": 0.36,
     "warmdown_iters": 2500,
     "train_batch_tokens": 786432,
     "train_seq_len": 2048,
@@ -44,6 +46,7 @@ PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the setti
     "xsa_layers": 0,
     "value_residual": False,
     "vocab_size": 1024,
+    "tie_embeddings": True,
     "tied_embed_init_std": 0.005,
     "rope_base": 10000.0,
     "logit_softcap": 30.0,
@@ -71,7 +74,6 @@ PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the setti
     "qat_start_frac": 0.0,
     "rate_control": False,
     "calibration_tokens": 65536,
-    "calibration_reserve": 0.0,
     "mlp_bits": 4,
     "attn_bits": 6,
     "bigram_bits": 6,
@@ -88,7 +90,7 @@ CHALLENGE = """
     MODEL_DIM NUM_HEADS MLP_MULT ROPE_BASE LOGIT_SOFTCAP TIED_EMBED_LR TIED_EMBED_INIT_STD MATRIX_LR SCALAR_LR
     MUON_MOMENTUM MUON_BACKEND_STEPS MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS BETA1 BETA2 ADAM_EPS
     GRAD_CLIP_NORM WEIGHT_DECAY EVAL_STRIDE EVAL_BATCH_SEQS BIGRAM_VOCAB_SIZE BIGRAM_DIM SWA_ENABLED SWA_START_FRAC
-    SWA_EVERY
+    SWA_EVERY TIE_EMBEDDINGS
 """.split()
 FIELDS = dataclasses.fields(t.Config)
 BOUNDS = [(f, bound) for f in FIELDS for bound in f.metadata["bounds"]]
@@ -107,6 +109,7 @@ def test_defaults_are_the_submitted_run() -> None:
     assert (cfg.num_layers, cfg.model_dim, cfg.bigram_vocab_size, cfg.iterations) == (11, 512, 10240, 20000)
     assert cfg.rate_control and (cfg.mlp_bits, cfg.attn_bits, cfg.bigram_bits) == (0, 0, 0)
     assert cfg.sequence_order == "spread" and cfg.artifact_limit_bytes == 16_000_000
+    assert (cfg.warmdown_frac, cfg.warmdown_iters) == (0.36, -1) and cfg.tie_embeddings
     assert cfg.run_id and not warnings
     assert cfg == dataclasses.replace(t.Config(), run_id=cfg.run_id)
 
@@ -141,10 +144,29 @@ def test_presets_set_what_they_say(preset: tuple[str, str]) -> None:
     assert words and all(float(values[name.lower()]) == float(x) for name, x in words.items() if x != "file")
 
 
+@pytest.mark.parametrize(("preset", "iters"), [({"RECIPE": "pr314"}, 2500), ({"DEMO": "1"}, 160)])
+def test_warmdown_of_the_presets(preset: dict[str, str], iters: int) -> None:
+    """Both count in steps; WARMDOWN_ITERS=-1 beside them lets WARMDOWN_FRAC count, and says nothing of it."""
+    cfg, warnings = t.load_config(preset)
+    assert cfg.warmdown_iters == iters and not warnings
+    cfg, warnings = t.load_config(preset | {"WARMDOWN_ITERS": "-1", "WARMDOWN_FRAC": "0.5"})
+    assert (cfg.warmdown_iters, cfg.warmdown_frac) == (-1, 0.5) and not warnings
+    [warning] = t.load_config(preset | {"WARMDOWN_FRAC": "0.5"})[1]
+    assert warning.startswith(f"WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS={iters}: ")
+
+
+def test_a_warmdown_longer_than_the_run_is_said() -> None:
+    """It would start below the full learning rates. As long as the run is fine."""
+    [warning] = t.load_config({"ITERATIONS": "100", "WARMDOWN_ITERS": "101"})[1]
+    assert "WARMDOWN_ITERS=101 is over ITERATIONS" in warning
+    for environ in ({"WARMDOWN_ITERS": "100"}, {"WARMDOWN_ITERS": "0"}, {"WARMDOWN_FRAC": "1"}, {}):
+        assert not t.load_config(environ | {"ITERATIONS": "100"})[1]
+
+
 def test_all_problems_in_one_message() -> None:
     """Unparsable and inconsistent values are reported together, each with its value."""
     message = refusal(ITERATIONS="many", NUM_HEADS="0", EVAL_STRIDE="-3", MLP_BITS="9", SEED="-1", TIE_EMBEDDINGS="0")
-    for part in ("ITERATIONS='many'", "NUM_HEADS=0", "EVAL_STRIDE=-3", "MLP_BITS=9", "SEED=-1", "TIE_EMBEDDINGS=0"):
+    for part in ("ITERATIONS='many'", "NUM_HEADS=0", "EVAL_STRIDE=-3", "MLP_BITS=9", "SEED=-1", "TIE_EMBEDDINGS=False"):
         assert part in message
     message = refusal(NUM_HEADS="7", EVAL_STRIDE="4096", TRAIN_BATCH_TOKENS="2049")
     for part in ("MODEL_DIM=512", "NUM_HEADS=7", "EVAL_STRIDE=4096", "TRAIN_BATCH_TOKENS=2049"):
@@ -189,9 +211,8 @@ def test_bounds(field: Any, bound: str) -> None:
     sign, *limits = bound.split()
     name = field.name.upper()
     if sign == "=":
-        other = "nonsense" if isinstance(field.default, str) else "1"
-        message = refusal(**{name: other})
-        assert name in message and other in message and ", ".join(limits) in message
+        text, value = {str: ("nonsense", "'nonsense'"), int: ("1", "1"), bool: ("0", "False")}[type(field.default)]
+        assert f"{name}={value} is none of {', '.join(limits)}" in refusal(**{name: text})
         return
     offset = {">=": -1, ">": 0, "<=": 1, "<": 0}[sign]
     value = type(field.default)(float(limits[0]) + offset)
@@ -207,24 +228,109 @@ def test_one_bit_is_refused(name: str) -> None:
     assert f"{name}=1" in refusal(**{name: "1"})
 
 
-def test_two_corpora() -> None:
-    """DEMO and TEXT_FILES exclude each other."""
-    assert "TEXT_FILES" in refusal(DEMO="1", TEXT_FILES="*.txt")
+ONE_OF = [
+    ("DEMO", "TEXT_FILES"),
+    ("DEMO", "DATA_PATH"),
+    ("DEMO", "TOKENIZER_PATH"),
+    ("TEXT_FILES", "DATA_PATH"),
+    ("TEXT_FILES", "TOKENIZER_PATH"),
+    ("EVAL_ARTIFACT", "EXPORT_FROM"),
+    ("EVAL_ARTIFACT", "RESUME"),
+    ("EXPORT_FROM", "RESUME"),
+    ("EVAL_ARTIFACT", "EVAL_FLOAT"),
+]
 
 
-@pytest.mark.parametrize("value", ["0", "0.0", "false"])
-def test_an_untied_head_is_refused_by_name(value: str) -> None:
+@pytest.mark.parametrize(("one", "other"), ONE_OF)
+def test_settings_that_exclude_each_other(one: str, other: str) -> None:
+    """Two corpora, two things to do: the message names both. One that is off or empty does not count."""
+    environ = dict.fromkeys((one, other), "1") | {"RUN_ID": "a"}
+    assert f"\n  {' and '.join(sorted((one, other)))} exclude each other: remove one" in refusal(**environ)
+    for name in (one, other):
+        off = "0" if name in ("DEMO", "RESUME", "EVAL_FLOAT") else ""
+        t.load_config(environ | {name: off})
+
+
+def test_what_goes_together() -> None:
+    """Paths of shards and tokenizer; floats beside an export; all that the demo's preset sets; three at once are one
+    problem."""
+    t.load_config({"DATA_PATH": "a", "TOKENIZER_PATH": "b", "RUN_ID": "c", "RESUME": "1", "EVAL_FLOAT": "1"})
+    t.load_config({"EXPORT_FROM": "a", "EVAL_FLOAT": "1", "DEMO": "1"})
+    t.load_config({"EVAL_ARTIFACT": "a", "DEMO": "1"})
+    message = refusal(EVAL_ARTIFACT="a", EXPORT_FROM="b", RESUME="1", RUN_ID="c")
+    assert message.count("exclude") == 1 and "EVAL_ARTIFACT and EXPORT_FROM and RESUME exclude each other" in message
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_ranks_that_nobody_numbers(name: str) -> None:
+    """Several processes without RANK would be several runs; one, ranks of torchrun and a dry run are fine."""
+    assert f"{name}=8 without torchrun means several runs of one rank: unset it" in refusal(**{name: "8"})
+    for more in ({name: "1"}, {name: "8", "RANK": "0"}, {name: "8", "DRY_RUN": "1"}):
+        assert t.load_config(more)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("0", "TIE_EMBEDDINGS=False is none of True"),
+        ("0.0", "TIE_EMBEDDINGS='0.0': expected 0 or 1"),
+        ("false", "TIE_EMBEDDINGS='false': expected 0 or 1"),
+    ],
+)
+def test_an_untied_head_is_refused_by_name(value: str, part: str) -> None:
     """It does not exist here. Tied is fine."""
-    message = refusal(TIE_EMBEDDINGS=value)
-    assert f"TIE_EMBEDDINGS={value}" in message and "always ties" in message
+    assert part in refusal(TIE_EMBEDDINGS=value)
     assert t.load_config({"TIE_EMBEDDINGS": "1"})[1] == []
 
 
-@pytest.mark.parametrize("name", ["EMBED_LR", "HEAD_LR"])
-def test_rates_of_an_untied_head_have_no_effect(name: str) -> None:
-    """They are known by name, and a warning names the rate that takes their place."""
-    cfg, [warning] = t.load_config({name: "0.6", "RUN_ID": "a"})
-    assert name in warning and "TIED_EMBED_LR" in warning and cfg == t.load_config({"RUN_ID": "a"})[0]
+NEAREST = {
+    "EMBED_LR": "TIED_EMBED_LR",
+    "HEAD_LR": "TIED_EMBED_LR",
+    "MUON_WD": "WEIGHT_DECAY",
+    "ADAM_WD": "WEIGHT_DECAY",
+    "ADAMW_WEIGHT_DECAY": "WEIGHT_DECAY",
+    "LATE_QAT": "QAT_START_FRAC",
+    "LATE_QAT_THRESHOLD": "QAT_START_FRAC",
+    "QAT_ENABLED": "QAT_START_FRAC",
+    "XSA_LAST_N": "XSA_LAYERS",
+    "MLP_HIDDEN": "MLP_MULT",
+    "LEAKY_RELU_SLOPE": "RELU_SLOPE",
+    "EMA_DECAY": "SWA_ENABLED",
+    "EMA_ENABLED": "SWA_ENABLED",
+    "DATA_DIR": "DATA_PATH",
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN",
+    "SLIDING_STRIDE": "EVAL_STRIDE",
+    "MATRIX_BITS": "MLP_BITS",
+    "WARMDOWN_STEPS": "WARMDOWN_ITERS",
+    "TTT_ENABLED": "nothing",
+    "ROPE_DIMS": "nothing",
+    "LN_SCALE": "nothing",
+    "MLP_CLIP_SIGMAS": "nothing",
+    "ERROR_FEEDBACK": "nothing",
+    "CALIBRATION_RESERVE": "nothing",
+    "EMBED_BITS": "nothing",
+    "COMPRESSOR": "nothing",
+}
+
+
+@pytest.mark.parametrize(("name", "nearest"), NEAREST.items())
+def test_names_of_other_scripts_have_no_effect(name: str, nearest: str) -> None:
+    """They are known, and one warning names the setting that takes their place."""
+    cfg, warnings = t.load_config({name: "0.6", "RUN_ID": "a"})
+    assert warnings == [f"{name} has no effect here; nearest setting: {nearest}"]
+    assert cfg == t.load_config({"RUN_ID": "a"})[0]
+
+
+def test_nearest_settings_are_fields() -> None:
+    """Or nothing; and none of our own names is taken for another script's."""
+    groups = [group.split("=") for group in t.FOREIGN.split()]
+    assert {nearest.lower() for nearest, _ in groups} <= {f.name for f in FIELDS} | {"nothing"}
+    assert {nearest for nearest, _ in groups} == set(NEAREST.values())
+    for f in FIELDS:
+        default = {True: "1", False: "0"}.get(f.default, f.default) if isinstance(f.default, bool) else f.default
+        assert not any("no effect here" in warning for warning in t.load_config({f.name.upper(): str(default)})[1])
 
 
 def test_names_and_values_of_the_challenge() -> None:
@@ -277,34 +383,138 @@ def test_micro_batches(ranks: int, tokens: int, seqs: int, steps: int) -> None:
     """As large as MICRO_BATCH_TOKENS allows, cut to a divisor of the rank's part; a sequence is the least."""
     trainer = trainer_for(ranks, micro_batch_tokens=tokens)
     assert (trainer.micro_seqs, trainer.micro_steps) == (seqs, steps)
-    assert trainer.batch().shape == (steps, seqs, 33)
+    assert [part.shape for part in batch(trainer)] == [(seqs, 33)] * steps
+
+
+@pytest.mark.parametrize(("share_done", "expected"), [(0.0, 1.0), (0.5, 1.0), (0.6, 0.8), (0.75, 0.5), (1.0, 0.0)])
+def test_warmdown_by_share(share_done: float, expected: float) -> None:
+    """Over the last WARMDOWN_FRAC, whatever the steps left; never below 0. 0 is no warmdown, 1 is nothing else."""
+    cfg = config(warmdown_iters=-1, warmdown_frac=0.5)
+    for steps_left in (0, 7, 10**6):
+        assert t.lr_scale_at(share_done, steps_left, cfg) == pytest.approx(expected)
+        assert t.lr_scale_at(share_done, steps_left, dataclasses.replace(cfg, warmdown_frac=0.0)) == 1
+        longest = t.lr_scale_at(share_done, steps_left, dataclasses.replace(cfg, warmdown_frac=1.0))
+        assert longest == pytest.approx(1 - share_done)
+    assert t.lr_scale_at(1.1, 5, cfg) == 0
 
 
 @pytest.mark.parametrize(
-    ("step", "elapsed", "seconds", "expected"),
-    [
-        (0, 0.0, 0.0, 1.0),
-        (75, 0.0, 0.0, 0.5),
-        (100, 0.0, 0.0, 0.0),
-        (10, 95.0, 0.2, 0.5),
-        (10, 5.0, 90.0, 95 / 4500),
-        (10, 99.0, 0.0, 1.0),
-        (10, 101.0, 0.2, 0.0),
-    ],
+    ("steps_left", "expected"), [(100, 1.0), (50, 1.0), (25, 0.5), (2.5, 0.05), (0, 0.0), (-3, 0.0)]
 )
-def test_lr_scale(step: int, elapsed: float, seconds: float, expected: float) -> None:
-    """The smaller of the step rule and the clock rule; the clock rule waits for a known step time."""
-    cfg = config(iterations=100, warmdown_iters=50, max_wallclock_seconds=100.0, calibration_reserve=0)
-    assert t.lr_scale_at(step, elapsed, seconds, cfg) == pytest.approx(expected)
-    assert t.lr_scale_at(step, elapsed, seconds, dataclasses.replace(cfg, warmdown_iters=0)) == 1.0
+def test_warmdown_in_steps(steps_left: float, expected: float) -> None:
+    """Over the last WARMDOWN_ITERS, or what is left of the time in steps, whatever the share; 0 is no warmdown."""
+    cfg = config(warmdown_iters=50, warmdown_frac=0.9)
+    for share_done in (0.0, 0.5, 1.0):
+        assert t.lr_scale_at(share_done, steps_left, cfg) == pytest.approx(expected)
+        assert t.lr_scale_at(share_done, steps_left, dataclasses.replace(cfg, warmdown_iters=0)) == 1
 
 
-def test_training_ends_before_the_cap() -> None:
-    """By what is kept for the choice of weights; the warmdown ends there, too. No cap is no end."""
-    cfg = config(max_wallclock_seconds=600, calibration_reserve=0.02, iterations=10**6, warmdown_iters=100)
-    assert t.training_seconds(cfg) == pytest.approx(588)
-    assert t.lr_scale_at(10, 583.0, 0.1, cfg) == pytest.approx(0.5) and t.lr_scale_at(10, 588.0, 0.1, cfg) == 0
-    assert t.training_seconds(config(max_wallclock_seconds=0, calibration_reserve=0.02)) == math.inf
+class Clock:
+    """Time that passes only where a test lets it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def read(self) -> float:
+        """Seconds so far."""
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        """Let them pass."""
+        self.now += seconds
+
+
+def rates_of(step_seconds: list[float], cap: float, **changes: Any) -> tuple[list[float], list[float]]:
+    """(learning-rate factor, seconds done before it) of each step of a run whose steps take so long; the last value of
+    `step_seconds` counts for all later ones."""
+    trainer, clock = trainer_for(1, qat_start_frac=1, swa_enabled=0, **changes), Clock()
+    rates, times = list[float](), list[float]()
+
+    def train_step(lr_scale: float) -> tuple[float, float]:
+        """Nothing but the time that it takes."""
+        rates.append(lr_scale)
+        times.append(clock.now)
+        clock.wait(step_seconds[min(len(rates), len(step_seconds)) - 1])
+        return 1.0, 1.0
+
+    trainer.seconds, trainer.clock, trainer.train_step = cap, clock.read, train_step  # type: ignore[method-assign]
+    trainer.validate = lambda: None  # type: ignore[method-assign]
+    trainer.finish = lambda path: ({}, "")  # type: ignore[method-assign]
+    trainer.run()
+    assert clock.now <= cap
+    return rates, times
+
+
+def test_warmdown_by_share_of_a_run() -> None:
+    """The larger one of the shares of steps and of time counts, at each step."""
+    changes: dict[str, Any] = {"warmdown_iters": -1, "warmdown_frac": 0.5}
+
+    def falling(shares: list[float]) -> Any:
+        """The factors there."""
+        return pytest.approx([min(1, (1 - share) / 0.5) for share in shares])
+
+    rates, _ = rates_of([1.0], math.inf, iterations=20, **changes)  # no cap: steps alone
+    assert rates == falling([step / 20 for step in range(20)])
+    rates, times = rates_of([1.0], 1000.0, iterations=20, **changes)  # steps are ahead
+    assert rates == falling([step / 20 for step in range(20)])
+    rates, times = rates_of([5.0], 100.0, iterations=1000, **changes)  # time is ahead
+    assert rates == falling([seconds / 100 for seconds in times]) and 17 <= len(rates) < 20 and rates[-1] < 0.3
+    rates, times = rates_of([1.0] * 10 + [8.0], 100.0, iterations=40, **changes)  # first steps, then time
+    assert rates == falling([max(step / 40, seconds / 100) for step, seconds in enumerate(times)])
+    assert times[9] / 100 < 9 / 40 and times[-1] / 100 > len(times) / 40
+
+
+def test_warmdown_in_steps_of_a_run() -> None:
+    """The smaller one of the steps left and of the steps that the time left is worth, by the median of the times so
+    far: five of them have to be known."""
+    changes: dict[str, Any] = {"warmdown_frac": 0.9}
+    rates, _ = rates_of([1.0], math.inf, iterations=20, warmdown_iters=10, **changes)
+    assert rates == pytest.approx([min(1, (20 - step) / 10) for step in range(20)])
+    rates, _ = rates_of([1.0], 1000.0, iterations=20, warmdown_iters=10, **changes)
+    assert rates == pytest.approx([min(1, (20 - step) / 10) for step in range(20)])
+    rates, times = rates_of([9.0, 2.0], 100.0, iterations=1000, warmdown_iters=60, **changes)
+    assert rates[:5] == [1.0] * 5 and len(rates) > 35
+    assert rates[5:] == pytest.approx([(100 - seconds) / 2 / 60 for seconds in times[5:]])
+    assert min(rates_of([9.0, 2.0], 100.0, iterations=50, warmdown_iters=0, **changes)[0]) == 1
+
+
+def test_training_ends_before_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the end takes in a rehearsal, and half as much again; the warmdown ends there, too. Without a cap
+    there is no end and no rehearsal. Where not even a step fits, the message has the times."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+
+    def warmed_up(cap: float) -> t.Trainer:
+        """A trainer whose step takes 2 seconds, and whose end 8."""
+        trainer, clock = trainer_for(1, max_wallclock_seconds=cap, run_id="x"), Clock()
+        step = trainer.train_step
+
+        def finish(path: Path) -> None:
+            """A file, and the time that it takes."""
+            path.touch()
+            clock.wait(8)
+
+        monkeypatch.setattr(trainer, "clock", clock.read)
+        monkeypatch.setattr(trainer, "train_step", lambda lr_scale: (step(lr_scale), clock.wait(2)))
+        monkeypatch.setattr(trainer, "finish", finish)
+        trainer.warm_up()
+        assert not list((tmp_path / "logs").iterdir()) and (trainer.step, trainer.elapsed) == (0, 0)
+        return trainer
+
+    trainer = warmed_up(600)
+    assert (trainer.end_seconds, trainer.seconds, trainer.durations) == (8, 600 - 1.5 * 8, [2])
+    for elapsed, fits in ((584.9, True), (585.1, False), (588.0, False)):
+        trainer.elapsed = elapsed
+        assert trainer.fits(2.0) == fits
+    rates, times = rates_of([6.0], 588.0, iterations=10**6, warmdown_iters=-1, warmdown_frac=0.5)
+    assert times[-1] + 6 <= 588 and rates[-1] == pytest.approx((588 - times[-1]) / 588 / 0.5)
+    assert warmed_up(15).seconds == 3  # time for just one step
+    with pytest.raises(
+        ValueError, match=r"MAX_WALLCLOCK_SECONDS=14\.9 is too short for step_time:2000ms end_time:8000ms"
+    ):
+        warmed_up(14.9)
+    trainer = warmed_up(0)
+    assert (trainer.end_seconds, trainer.seconds, trainer.fits(1e9)) == (0, math.inf, True)
 
 
 def test_every_field_has_a_meaning() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import train_gpt as t  # noqa: E402
@@ -84,6 +85,9 @@ class SilentRuntime(t.Runtime):
         """Keep the line."""
         self.lines.append(line)
 
+    def open_log(self) -> None:
+        """There is no file."""
+
 
 def runtime(rank: int = 0, world_size: int = 1, compiles: bool = False) -> SilentRuntime:
     """A silent CPU runtime without a process group."""
@@ -92,7 +96,30 @@ def runtime(rank: int = 0, world_size: int = 1, compiles: bool = False) -> Silen
 
 def plan_for(cfg: t.Config) -> t.Plan:
     """The fixed grids of a config."""
-    return t.fixed_grids([name for name, _ in t.GPT(cfg, torch.float32).named_parameters()], cfg)
+    weights = dict(t.GPT(cfg, torch.float32).named_parameters())
+    return t.grids_for_bytes(weights, {}, {}, cfg, 0)  # without costs
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Token ids (N,) as one shard."""
+    header = t.SHARD_HEADER.pack(t.SHARD_MAGIC, t.SHARD_VERSION, len(tokens))
+    path.write_bytes(header + tokens.astype("<u2").tobytes())
+
+
+def batch(trainer: t.Trainer) -> list[torch.Tensor]:
+    """The micro-batches, (sequences, TRAIN_SEQ_LEN + 1) each, that the next step of a trainer reads."""
+    found: list[torch.Tensor] = []
+    forward = trainer.forward
+
+    def noted(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The forward, with a note of what it got."""
+        found.append(torch.cat((inputs, targets[:, -1:]), dim=1))
+        return forward(inputs, targets)
+
+    trainer.forward, trainer.optimizers, optimizers = noted, {}, trainer.optimizers
+    trainer.train_step(0.0)
+    trainer.forward, trainer.optimizers = forward, optimizers
+    return found
 
 
 def mlp_grids(cfg: t.Config) -> t.Plan:
