@@ -184,9 +184,9 @@ FOREIGN = r"""
     WEIGHT_DECAY=(MUON|ADAMW?|EMBED)_(WD|WEIGHT_DECAY) QAT_START_FRAC=(LATE_)?QAT(_ENABLED|_THRESHOLD|_FRACTION)?
     XSA_LAYERS=XSA_LAST_N MLP_MULT=MLP_HIDDEN RELU_SLOPE=(MLP|LEAKY)\w*_SLOPE SWA_ENABLED=EMA_\w+ DATA_PATH=DATA_DIR
     BIGRAM_VOCAB_SIZE=BIGRAM_\w*BUCKETS TRAIN_SEQ_LEN=EVAL_SEQ_LEN TIED_EMBED_LR=(EMBED|HEAD)_LR EVAL_STRIDE=SLIDING_\w+
-    MLP_BITS=(MATRIX|QUANT|QAT)_BITS WARMDOWN_ITERS=WARMDOWN_STEPS nothing=(TTT|VE|LQER|MTP|ROPE|GPTQ|SMEAR|PLAN)_\w+
-    nothing=LN_SCALE|\w+_CLIP_SIGMAS|EMBED_BITS|MUON_BETA2|COMPRESSOR|MIN_LR|ERROR_FEEDBACK|CALIBRATION_RESERVE|EVAL_MODE
-"""
+    MLP_BITS=(MATRIX|QUANT|QAT|EMBED)_BITS WARMDOWN_ITERS=WARMDOWN_STEPS ROPE_BASE=ROPE_THETA nothing=ROPE_DIMS|LN_SCALE
+    nothing=(TTT|VE|LQER|MTP|GPTQ|SMEAR|PLAN)_\w+|\w+_CLIP_SIGMAS|ERROR_FEEDBACK|CALIBRATION_RESERVE|EVAL_MODE|COMPRESSOR
+""".split()
 
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -219,9 +219,8 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
     values["run_id"] = values.get("run_id") or time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()
     cfg = Config(**values)
     problems += config_problems(cfg)
-    foreign = [group.split("=") for group in FOREIGN.split()]
     for name in sorted(environ.keys() - defaults.keys()):
-        if nearest := [ours for ours, names in foreign if re.fullmatch(names, name)]:
+        if nearest := [group.split("=")[0] for group in FOREIGN if re.fullmatch(group.split("=")[1], name)]:
             warnings.append(f"{name} has no effect here; nearest setting: {nearest[0]}")
         elif close := difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.85):
             warnings.append(f"environment variable {name} is not known; did you mean {close[0]}?")
@@ -386,11 +385,11 @@ class TokenShards:
         self.shards = list(map(open_shard, self.paths))
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.total = int(self.starts[-1])
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.starts.tobytes())
         for start, end in itertools.pairwise(self.starts.tolist()):
             for first in sorted({start, max(start, end - checked)}):
                 digest.update(self.read(first, min(checked, end - first)).numpy().data)
-        self.sha256 = digest.hexdigest()  # of what was checked
+        self.sha256 = digest.hexdigest()  # of the lengths and of what was checked
 
     def read(self, start: int, count: int) -> Tensor:
         """`count` tokens (int64) from position `start` on, wrapping at the end; ValueError for an id that is none."""
@@ -429,8 +428,7 @@ def build_corpus(texts: list[str], folder: Path, vocab_size: int) -> None:
     np.random.default_rng(0).shuffle(documents)
     held_out = max(1, min(HELD_OUT_CHARS // size, len(documents) // 20))
     options: dict[str, Any] = dict(word.split("=") for word in TOKENIZER_OPTIONS.split())
-    # Byte fallback leaves no token unknown. Its name makes tokenizers of two corpora differ, and so their sha256, by
-    # which checkpoints and artifacts know their data.
+    # A name for the piece that byte fallback never needs makes the tokenizer's sha256 stand for the corpus, too.
     options |= {"unk_piece": f"<unk {folder.name}>", "vocab_size": vocab_size}
     model = io.BytesIO()
     try:
@@ -454,7 +452,7 @@ def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
     paths = sorted(filter(Path.is_file, map(Path, glob.glob(cfg.text_files, recursive=True))))
     if not (cfg.demo or paths):
         raise FileNotFoundError(f"no file matches TEXT_FILES={cfg.text_files!r}: quote the glob; ** reaches subfolders")
-    members = [*vars(np).values(), *vars(torch).values()]
+    members = filter(callable, [*vars(np).values(), *vars(torch).values()])
     texts = [*topics.values(), *filter(None, map(inspect.getdoc, members))] if cfg.demo else []
     for path in paths:
         try:
@@ -501,8 +499,7 @@ class Data:
         self.train = TokenShards(f"{glob.escape(data_path)}/fineweb_train_*.bin", cfg.vocab_size, CHECKED_TOKENS)
         self.identity = {"data_sha256": self.train.sha256 + self.val.sha256, "tokenizer_sha256": self.tokenizer_sha256}
         self.num_windows = max(1, (self.train.total - 1) // self.seq_len)
-        # A stride near the golden share of the windows spreads consecutive sequences evenly; if it is coprime to their
-        # number, each comes once before any comes twice.
+        # A stride near the golden share spreads neighbours evenly; coprime to the windows, it meets each of them once.
         golden = round(0.618 * self.num_windows) * (cfg.sequence_order == "spread")
         self.stride = next(n for n in itertools.count(golden or 1) if math.gcd(n, self.num_windows) == 1)
         rt.log(f"data train_shards:{len(self.train.shards)} train_tokens:{self.train.total} windows:{self.num_windows}")
@@ -1037,7 +1034,7 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
 
 def log_artifact(path: str, model_bytes: int, stored: dict[str, Stored], cfg: Config, rt: Runtime) -> bool:
     """Log bytes by an ideal order-0 coder, bits per weight and most codes by category, and whether the file fits."""
-    for kind in dict.fromkeys(map(category, stored)):
+    for kind in sorted({*map(category, stored)}):
         tensors = [tensor for name, tensor in stored.items() if category(name) == kind]
         params = sum(tensor.values.numel() for tensor in tensors)
         size = sum(tensor.num_bytes() for tensor in tensors)
@@ -1129,7 +1126,7 @@ class Trainer:
         self.micro_seqs = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(1, fitting))
         self.micro_steps = per_rank // self.micro_seqs
         self.optimizers = make_optimizers(model, cfg, rt)
-        self.swa = AveragedModel(model)  # SWA (arXiv:1803.05407): fp32 mean of snapshots of the master weights
+        self.swa: Any = AveragedModel(model)  # SWA (arXiv:1803.05407): fp32 mean of snapshots of the master weights
         self.parts = {"model": model, "swa": self.swa} | self.optimizers  # what has a state of its own
         # All gradients are views of one buffer, which takes one all-reduce.
         sizes = list(map(Tensor.numel, model.parameters()))
@@ -1139,6 +1136,7 @@ class Trainer:
         self.step = 0  # steps done
         self.elapsed = 0.0  # seconds of training, validation excluded, by rank 0's clock
         self.clock_zero = 0.0  # when that clock read 0
+        self.saved_at = 0.0  # `elapsed` of the last checkpoint
         self.durations: list[float] = []  # of the recent steps, seconds
         self.seconds = math.inf  # for steps: the cap, less what `finish` takes
         self.end_seconds = 0.0  # what starting QAT and `finish` take, by a rehearsal
@@ -1157,7 +1155,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. The last two stay; failing to write ends no run."""
-        begun = time.perf_counter()
+        self.saved_at = self.elapsed
         if self.rt.rank == 0:
             path = Path("logs", f"{self.cfg.run_id}.{self.step:09d}.ckpt")
             try:
@@ -1166,7 +1164,8 @@ class Trainer:
                 last_two = paths[: paths.index(path) + 1][-2:]  # later ones are of a run that could not be resumed
                 for old in {*paths, *checkpoint_paths(self.cfg.run_id, ".tmp*")}.difference(last_two):
                     old.unlink()
-                self.rt.log(f"checkpoint path:{path} time:{1000 * (time.perf_counter() - begun):.0f}ms")
+                seconds = time.perf_counter() - self.clock_zero - self.elapsed
+                self.rt.log(f"checkpoint path:{path} time:{1000 * seconds:.0f}ms")
             except OSError as error:
                 self.rt.log(f"error: no checkpoint at step {self.step}: {error}. Older ones are intact")
         self.elapsed = self.clock()  # counted, but not as part of the next step
@@ -1174,7 +1173,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `save` wrote, with any number of ranks."""
         self.step = state["step"]
-        self.elapsed = state["elapsed"]
+        self.elapsed = self.saved_at = state["elapsed"]
         self.durations, self.costs = state["durations"], state["costs"]
         self.grids = {name: Grid(*values) for name, values in state["grids"].items()}
         for name, part in self.parts.items():
@@ -1234,8 +1233,10 @@ class Trainer:
         if cap:
             self.swa.n_averaged.fill_(2)  # so that there is a choice
             scratch = Path("logs", f"{self.cfg.run_id}.weights.tmp{os.getpid()}")
-            self.finish(scratch)
-            self.rt.from_rank_0(scratch.unlink)
+            try:
+                self.finish(scratch)
+            finally:
+                scratch.unlink(missing_ok=True)
             self.end_seconds = self.clock() - ended
             self.seconds = cap - TIME_MARGIN * self.end_seconds
         self.restore(before)
@@ -1279,22 +1280,22 @@ class Trainer:
 
     @torch.no_grad()
     def quantized_loss(self, weights: Tensors) -> float:
-        """Mean NLL on the calibration tokens of `weights` as they would be stored. The model keeps those."""
+        """Mean NLL on the calibration tokens of `weights` as they would be stored. The averaged model takes those."""
         stored = quantize(weights, self.plan_for(weights), self.cfg)
-        self.model.load_state_dict({name: tensor.dequantize() for name, tensor in stored.items()})
-        self.model.refresh({})
+        self.swa.module.load_state_dict({name: tensor.dequantize() for name, tensor in stored.items()})
+        self.swa.module.refresh({})
         sums = torch.zeros(2, device=self.rt.device)  # nats, tokens
         for tokens in self.calibration_batches:
-            nll = self.model(tokens[:, :-1].to(self.rt.device), tokens[:, 1:].to(self.rt.device))
+            nll = self.swa.module(tokens[:, :-1].to(self.rt.device), tokens[:, 1:].to(self.rt.device))
             sums += torch.tensor([nll.sum(), nll.numel()], device=self.rt.device)
         nats, num_tokens = self.rt.all_reduce(sums).tolist()
         return nats / num_tokens
 
     def finish(self, path: Path) -> tuple[Trained, str]:
         """Write the last or the averaged weights, whichever lose less on training tokens once quantized; and say so."""
-        candidates = {"last": copy.deepcopy(self.model.state_dict())}  # the choice overwrites the model
+        candidates = {"last": self.model.state_dict()}
         if self.cfg.swa_enabled and self.swa.n_averaged >= 2:
-            candidates["swa"] = self.swa.module.state_dict()
+            candidates["swa"] = copy.deepcopy(self.swa.module.state_dict())  # the choice overwrites it
         chosen, losses = list(candidates)[-1], ""  # the average, where there is one
         trained = self.common_state() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))  # before anything that can fail
@@ -1348,21 +1349,20 @@ class Trainer:
             if cfg.swa_enabled and lr_scale < cfg.swa_start_frac and self.step % cfg.swa_every == 0:
                 self.swa.update_parameters(self.model)
                 self.rt.log(f"swa snapshot:{int(self.swa.n_averaged)} step:{self.step} lr_scale:{lr_scale:.4f}")
-            due = cfg.checkpoint_every and self.elapsed // cfg.checkpoint_every > begun // cfg.checkpoint_every
-            if due and self.fits(self.end_seconds):
+            if 0 < cfg.checkpoint_every <= self.elapsed - self.saved_at and self.fits(self.end_seconds):
                 self.save()
             if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and self.step < cfg.iterations:
                 self.validate()
         if not self.grids and cfg.qat_start_frac < 1:
             self.rt.log(f"warning: no QAT, as QAT_START_FRAC={cfg.qat_start_frac} left no time or step for it")
-        self.validate()
         trained, chosen = self.finish(Path("logs", f"{cfg.run_id}.weights"))
-        for path in checkpoint_paths(cfg.run_id) if self.rt.rank == 0 else []:
+        for path in checkpoint_paths(cfg.run_id, "*") if self.rt.rank == 0 else []:
             path.unlink()  # of no use now
         self.rt.log(f"export {chosen} time:{1000 * (self.clock() - self.elapsed):.0f}ms")
         self.elapsed = self.clock()
         why = "iterations" if self.step == cfg.iterations else "wallclock_cap"
         self.rt.log(f"training stopped:{why} step:{self.step} train_time:{1000 * self.elapsed:.0f}ms")
+        self.validate()  # once the weights are on disk
         return trained
 
 
@@ -1462,14 +1462,14 @@ def end_on_signals(run_id: str, rank: str) -> None:
                 scratch.unlink(missing_ok=True)
             last = max(checkpoint_paths(run_id) or Path("logs").glob(f"{run_id}.weights"), default=None)
             how = f"RESUME=1 RUN_ID={run_id} goes on from {last}" if last else "there is no checkpoint to go on from"
-            print(f"stopped by signal {number}: {how}", file=sys.stderr, flush=True)
+            os.write(2, f"stopped by signal {number}: {how}\n".encode())
         finally:  # the terminal may be gone
             os._exit(128 + number)
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
-    handler = signal.SIG_DFL if rank != "0" else lambda number, frame: None  # the other ranks just end
+    handler = signal.SIG_DFL if rank != "0" else lambda number, frame: time.sleep(60)  # nothing more; others just end
     for number in signal.valid_signals() & {1, signal.SIGINT, signal.SIGTERM}:  # 1: SIGHUP, not on Windows
         if signal.getsignal(number) != signal.SIG_IGN or "RANK" in os.environ:  # nohup; torchrun means it
             signal.signal(number, handler)

@@ -164,13 +164,6 @@ def become_the_launcher(options: tuple[str, ...]) -> None:
 
 def become_the_stopped(number: int, owner: str, name: str, call: int, ignored: bool, err: Path | None) -> None:
     """The command line, which gets a signal; standard error to a file, or to a pipe that nobody reads."""
-
-    def send(*_: Any, **__: Any) -> None:
-        """The signal, and time for it to end this process."""
-        if next(calls) == call:
-            os.kill(os.getpid(), number)
-            time.sleep(0 if ignored else 20)
-
     if err:
         pipe = os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     else:
@@ -179,9 +172,15 @@ def become_the_stopped(number: int, owner: str, name: str, call: int, ignored: b
     os.dup2(pipe, 2)
     if ignored:
         signal.signal(number, signal.SIG_IGN)
-    sys.argv = ["train_gpt.py"]
     calls = itertools.count(1)
+
+    def send(*_: Any, **__: Any) -> None:
+        """The signal, after the right call."""
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+
     do_after(pytest.MonkeyPatch(), getattr(t, owner) if owner else t, name, send)
+    sys.argv = ["train_gpt.py"]
     os._exit(t.command_line())
 
 

@@ -200,7 +200,7 @@ REPORTS: dict[str, list[Report]] = {
             "progress beyond 1 made the learning rate negative",
             "steps beyond the last one, a clock beyond the cap",
             "never below 0 nor above 1",
-            "test_lr_scale",
+            "test_warmdown_by_share",
         ),
         Report(
             "karpathy/nanoGPT#443",
@@ -253,7 +253,7 @@ REPORTS: dict[str, list[Report]] = {
             "SIGTERM reached one rank, and the others waited for ever",
             "SIGTERM to a rank that waits for a rank that does not answer",
             "it ends at once, with its line",
-            "test_signal_while_rank_0_waits",
+            "test_signal_to_a_rank_that_waits",
         ),
         Report(
             "Lightning-AI/pytorch-lightning#688, RLinf/RLinf#1469",
@@ -269,7 +269,7 @@ REPORTS: dict[str, list[Report]] = {
             "a program that cannot start is restarted again and again, and its error drowns",
             "torchrun --max-restarts=1 on the name of a run that is alive",
             "refused each time; the live run's files stay as they are",
-            "test_refused_start_stays_refused",
+            "test_a_run_that_is_alive",
         ),
         Report(
             "pytorch/pytorch#135712",
@@ -283,7 +283,7 @@ REPORTS: dict[str, list[Report]] = {
             "two runs wrote into one folder",
             "two processes that resume one name at once, a name that has a log",
             "the second one is refused",
-            "test_two_processes_resume_one_name",
+            "test_a_run_that_is_alive",
         ),
         Report(
             "mindsdb/mindshub#791",

@@ -155,14 +155,6 @@ def test_warmdown_of_the_presets(preset: dict[str, str], iters: int) -> None:
     assert warning.startswith(f"WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS={iters}: ")
 
 
-def test_a_warmdown_longer_than_the_run_is_said() -> None:
-    """It would start below the full learning rates. As long as the run is fine."""
-    [warning] = t.load_config({"ITERATIONS": "100", "WARMDOWN_ITERS": "101"})[1]
-    assert "WARMDOWN_ITERS=101 is over ITERATIONS" in warning
-    for environ in ({"WARMDOWN_ITERS": "100"}, {"WARMDOWN_ITERS": "0"}, {"WARMDOWN_FRAC": "1"}, {}):
-        assert not t.load_config(environ | {"ITERATIONS": "100"})[1]
-
-
 def test_all_problems_in_one_message() -> None:
     """Unparsable and inconsistent values are reported together, each with its value."""
     message = refusal(ITERATIONS="many", NUM_HEADS="0", EVAL_STRIDE="-3", MLP_BITS="9", SEED="-1", TIE_EMBEDDINGS="0")
@@ -228,29 +220,6 @@ def test_one_bit_is_refused(name: str) -> None:
     assert f"{name}=1" in refusal(**{name: "1"})
 
 
-ONE_OF = [
-    ("DEMO", "TEXT_FILES"),
-    ("DEMO", "DATA_PATH"),
-    ("DEMO", "TOKENIZER_PATH"),
-    ("TEXT_FILES", "DATA_PATH"),
-    ("TEXT_FILES", "TOKENIZER_PATH"),
-    ("EVAL_ARTIFACT", "EXPORT_FROM"),
-    ("EVAL_ARTIFACT", "RESUME"),
-    ("EXPORT_FROM", "RESUME"),
-    ("EVAL_ARTIFACT", "EVAL_FLOAT"),
-]
-
-
-@pytest.mark.parametrize(("one", "other"), ONE_OF)
-def test_settings_that_exclude_each_other(one: str, other: str) -> None:
-    """Two corpora, two things to do: the message names both. One that is off or empty does not count."""
-    environ = dict.fromkeys((one, other), "1") | {"RUN_ID": "a"}
-    assert f"\n  {' and '.join(sorted((one, other)))} exclude each other: remove one" in refusal(**environ)
-    for name in (one, other):
-        off = "0" if name in ("DEMO", "RESUME", "EVAL_FLOAT") else ""
-        t.load_config(environ | {name: off})
-
-
 def test_what_goes_together() -> None:
     """Paths of shards and tokenizer; floats beside an export; all that the demo's preset sets; three at once are one
     problem."""
@@ -259,14 +228,6 @@ def test_what_goes_together() -> None:
     t.load_config({"EVAL_ARTIFACT": "a", "DEMO": "1"})
     message = refusal(EVAL_ARTIFACT="a", EXPORT_FROM="b", RESUME="1", RUN_ID="c")
     assert message.count("exclude") == 1 and "EVAL_ARTIFACT and EXPORT_FROM and RESUME exclude each other" in message
-
-
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_ranks_that_nobody_numbers(name: str) -> None:
-    """Several processes without RANK would be several runs; one, ranks of torchrun and a dry run are fine."""
-    assert f"{name}=8 without torchrun means several runs of one rank: unset it" in refusal(**{name: "8"})
-    for more in ({name: "1"}, {name: "8", "RANK": "0"}, {name: "8", "DRY_RUN": "1"}):
-        assert t.load_config(more)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -281,56 +242,6 @@ def test_an_untied_head_is_refused_by_name(value: str, part: str) -> None:
     """It does not exist here. Tied is fine."""
     assert part in refusal(TIE_EMBEDDINGS=value)
     assert t.load_config({"TIE_EMBEDDINGS": "1"})[1] == []
-
-
-NEAREST = {
-    "EMBED_LR": "TIED_EMBED_LR",
-    "HEAD_LR": "TIED_EMBED_LR",
-    "MUON_WD": "WEIGHT_DECAY",
-    "ADAM_WD": "WEIGHT_DECAY",
-    "ADAMW_WEIGHT_DECAY": "WEIGHT_DECAY",
-    "LATE_QAT": "QAT_START_FRAC",
-    "LATE_QAT_THRESHOLD": "QAT_START_FRAC",
-    "QAT_ENABLED": "QAT_START_FRAC",
-    "XSA_LAST_N": "XSA_LAYERS",
-    "MLP_HIDDEN": "MLP_MULT",
-    "LEAKY_RELU_SLOPE": "RELU_SLOPE",
-    "EMA_DECAY": "SWA_ENABLED",
-    "EMA_ENABLED": "SWA_ENABLED",
-    "DATA_DIR": "DATA_PATH",
-    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
-    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
-    "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN",
-    "SLIDING_STRIDE": "EVAL_STRIDE",
-    "MATRIX_BITS": "MLP_BITS",
-    "WARMDOWN_STEPS": "WARMDOWN_ITERS",
-    "TTT_ENABLED": "nothing",
-    "ROPE_DIMS": "nothing",
-    "LN_SCALE": "nothing",
-    "MLP_CLIP_SIGMAS": "nothing",
-    "ERROR_FEEDBACK": "nothing",
-    "CALIBRATION_RESERVE": "nothing",
-    "EMBED_BITS": "nothing",
-    "COMPRESSOR": "nothing",
-}
-
-
-@pytest.mark.parametrize(("name", "nearest"), NEAREST.items())
-def test_names_of_other_scripts_have_no_effect(name: str, nearest: str) -> None:
-    """They are known, and one warning names the setting that takes their place."""
-    cfg, warnings = t.load_config({name: "0.6", "RUN_ID": "a"})
-    assert warnings == [f"{name} has no effect here; nearest setting: {nearest}"]
-    assert cfg == t.load_config({"RUN_ID": "a"})[0]
-
-
-def test_nearest_settings_are_fields() -> None:
-    """Or nothing; and none of our own names is taken for another script's."""
-    groups = [group.split("=") for group in t.FOREIGN.split()]
-    assert {nearest.lower() for nearest, _ in groups} <= {f.name for f in FIELDS} | {"nothing"}
-    assert {nearest for nearest, _ in groups} == set(NEAREST.values())
-    for f in FIELDS:
-        default = {True: "1", False: "0"}.get(f.default, f.default) if isinstance(f.default, bool) else f.default
-        assert not any("no effect here" in warning for warning in t.load_config({f.name.upper(): str(default)})[1])
 
 
 def test_names_and_values_of_the_challenge() -> None:
