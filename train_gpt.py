@@ -13,6 +13,7 @@ Settings are environment variables, not arguments: every field of `Config`. logs
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -57,7 +58,6 @@ CODE_BYTES = Path(__file__).stat().st_size  # now: an edit during a run must not
 
 CHECKS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
-    str: (str, "text"),
     bool: (lambda text: bool(["0", "1"].index(text)), "0 or 1"),
     int: (lambda text: int(text.removesuffix(".0")), "a whole number"),  # MLP_MULT=3.0 is one
     float: (float, "a finite number"),
@@ -162,7 +162,7 @@ MODEL_FIELDS = """
 """.split()  # what an artifact must know to build its model
 MAY_CHANGE_ON_RESUME = """
     resume dry_run checkpoint_every data_path tokenizer_path micro_batch_tokens val_loss_every train_log_every attention
-    val_batch_size eval_float eval_batch_seqs
+    val_batch_size eval_float eval_batch_seqs text_files demo
 """.split()
 
 PR314 = """
@@ -200,7 +200,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
     values: dict[str, Any] = {}
     problems, warnings = [], []
     for name, text in texts.items():
-        parse, expected = PARSERS[type(defaults[name])]
+        parse, expected = PARSERS.get(type(defaults[name]), (str, "text"))
         try:
             values[name.lower()] = value = parse(text)
             if not isinstance(value, str) and not abs(value) < 2**63:  # nan, infinite or absurd
@@ -283,8 +283,7 @@ class Runtime:
         if self.rank == 0 and Path("logs", f"{cfg.run_id}.txt").exists() and not (cfg.resume or cfg.eval_artifact):
             raise ValueError(f"RUN_ID={cfg.run_id} has a log: choose another RUN_ID, or go on with RESUME=1")
         if "RANK" in os.environ:
-            # Ranks that wait for rank 0 to compress wait on gloo, which sleeps; NCCL would spin. After a restart,
-            # torchrun's store still holds the addresses of the ranks before (PyTorch issue 135712): hence the prefix.
+            # gloo sleeps where NCCL would spin; the prefix hides addresses from before a restart (PyTorch issue 135712)
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restarts, next(dist.rendezvous("env://"))[0])
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -296,13 +295,12 @@ class Runtime:
         fits = hopper and self.compute_dtype == torch.bfloat16 and cfg.model_dim // cfg.num_heads in range(8, 257, 8)
         self.flash3 = cfg.attention == "auto" and flash_attn_func is not None and fits
 
-    def open_log(self) -> None:
+    def open_log(self, mode: str) -> None:
         """The run can start: write what was logged so far, and all that follows, to a file that it alone may write."""
         if self.rank == 0:
-            early, self.log_file = self.log_file, self.log_path.open("a", encoding="utf-8")
+            early, self.log_file = self.log_file, self.log_path.open(mode, encoding="utf-8")
             try:
-                import fcntl  # not on Windows
-
+                fcntl: Any = __import__("fcntl")  # not on Windows
                 fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{self.log_path} is of a run that is alive: choose another RUN_ID") from None
@@ -313,9 +311,9 @@ class Runtime:
     def log(self, line: str, console: bool = True) -> None:
         """Rank 0: to the log file and the console."""
         if self.rank == 0:
-            print(line, file=self.log_file, flush=True)
-            if console:
-                print(line, flush=True)
+            for file in [self.log_file, sys.stdout][: 1 + console]:
+                with contextlib.suppress(OSError):  # a full disk or a closed pipe ends no training
+                    print(line, file=file, flush=True)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -422,7 +420,8 @@ def token_bytes(sp: sentencepiece.SentencePieceProcessor, device: torch.device) 
 
 def build_corpus(texts: list[str], folder: Path, vocab_size: int) -> None:
     """Cut the text into documents, hold some out, train a tokenizer; write both shards, then the tokenizer."""
-    text = "\n\n".join(dict.fromkeys("\n\n".join(texts).split("\n\n")))  # what repeats must not stand on both sides
+    unique = {" ".join(part.split()): part for text in texts for part in re.split(r"\n\s*\n", text)}
+    text = "\n\n".join(unique.values())  # what repeats, but for white space, must not stand on both sides
     size = min(DOCUMENT_CHARS, 200 + len(text) // 50)
     documents = [text[i : i + size] for i in range(0, len(text), size)]
     np.random.default_rng(0).shuffle(documents)
@@ -449,7 +448,8 @@ def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
     """(data folder, tokenizer path) as configured; those of DEMO and TEXT_FILES are built once, into logs/cache/."""
     if not (cfg.demo or cfg.text_files):
         return cfg.data_path, cfg.tokenizer_path
-    paths = sorted(filter(Path.is_file, map(Path, glob.glob(cfg.text_files, recursive=True))))
+    found = map(Path, sorted(glob.glob(cfg.text_files, recursive=True)))
+    paths = [path for path in found if path.is_file() and path.parts[0] != "logs"]  # those are written here
     if not (cfg.demo or paths):
         raise FileNotFoundError(f"no file matches TEXT_FILES={cfg.text_files!r}: quote the glob; ** reaches subfolders")
     members = filter(callable, [*vars(np).values(), *vars(torch).values()])
@@ -459,8 +459,7 @@ def corpus_paths(cfg: Config, rt: Runtime) -> tuple[str, str]:
             texts.append(path.read_text("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"TEXT_FILES: {path} is not UTF-8 text ({error}); convert or exclude it") from None
-    made_of = [cfg.vocab_size, TOKENIZER_OPTIONS, "2", texts]  # 2: the version of `build_corpus`
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([cfg.vocab_size, TOKENIZER_OPTIONS, "build 3", texts]).encode()).hexdigest()
     folder = Path("logs", "cache", f"corpus-{key[:16]}")  # other content has another name
     if not (folder / "tokenizer.model").is_file():
         rt.log(f"corpus building:{folder} texts:{len(texts)} characters:{sum(map(len, texts))}")
@@ -487,6 +486,9 @@ class Data:
         counted = int(self.bytes_of[F.pad(self.boundary[ids[:-1]], (1, 0), value=1), ids].sum())
         if counted != 3:
             raise ValueError(f"{tokenizer_path} has no piece for a space: 'a b' counts {counted} bytes. Train another")
+        beside = Path(data_path, "tokenizer.model")  # of a built corpus
+        if beside.is_file() and beside.read_bytes() != content:
+            raise ValueError(f"{data_path} was made with another tokenizer: set TOKENIZER_PATH={beside}")
         self.val = TokenShards(f"{glob.escape(data_path)}/fineweb_val_*.bin", cfg.vocab_size, checked=sys.maxsize)
         self.num_val_targets = (self.val.total - 1) // self.seq_len * self.seq_len  # whole sequences, as the challenge
         if self.num_val_targets < 1:
@@ -511,9 +513,8 @@ class Data:
 
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------
-# A `Plan` gives each matrix a `Grid`: integers times a scale per row. Rows whose errors cost more (`Trainer.calibrate`)
-# get finer scales, and one step size for all fills the limit. A plan is made at the start of QAT, whose grids of the
-# MLP stay, and for the export.
+# A `Plan` gives each matrix a `Grid`: integers times a scale per row, finer where errors cost more (`calibrate`).
+# One step size for all fills the limit. Plans are made at the start of QAT, whose MLP grids stay, and for the export.
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # the range of fp16, in which scales are stored
 FIXED_BITS = {"mlp": 4, "attn": 5, "bigram": 5}  # without RATE_CONTROL
@@ -578,8 +579,7 @@ def category(name: str) -> str:
 
 def grids_of_step(step_size: float, costs: Tensors, kept: Plan, cfg: Config) -> Plan:
     """Grids with steps of `step_size` / sqrt(cost) in each row; matrices in `kept` stay on theirs."""
-    # The matrix's mean keeps rows that the calibration tokens did not meet from being free, the least cost those that
-    # have almost no gradient at first, as they stand behind an output projection that starts at zero.
+    # The mean keeps rows that calibration did not meet from being free, the least cost those behind a zero projection.
     model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean().clamp(min=1e-30)
     plan = {}
     for name, cost in costs.items():
@@ -592,10 +592,9 @@ def grids_of_step(step_size: float, costs: Tensors, kept: Plan, cfg: Config) -> 
 def grids_for_bytes(weights: Tensors, costs: Tensors, kept: Plan, cfg: Config, budget: float) -> Plan:
     """Grids at which all weights take `budget` bytes under an ideal order-0 entropy coder; those in `kept` stay.
 
-    An error in a weight costs its square times `cost`, the mean squared gradient of its row on training tokens. A step
-    s makes errors of s^2 / 12, and doubling it saves one bit, whatever the weight. So bytes are best spent where
-    s^2 * cost is the same everywhere: one step size for all (reverse water-filling, Cover and Thomas 10.3.3).
-    Without RATE_CONTROL, and before costs are known, bits are fixed.
+    An error costs its square times `cost`, the mean squared gradient of its row on training tokens. A step s makes
+    errors of s^2 / 12, and doubling it saves a bit: bytes are best spent where s^2 * cost is the same everywhere: one
+    step size for all (reverse water-filling, Cover and Thomas 10.3.3). Without RATE_CONTROL or costs, bits are fixed.
     """
     if not (cfg.rate_control and costs):
         bits = {kind: getattr(cfg, f"{kind}_bits") or default for kind, default in FIXED_BITS.items()}
@@ -969,8 +968,7 @@ def encode_artifact(stored: dict[str, Stored], cfg: Config, tokenizer_sha256: st
     arrays += [stored[name].scale for name in coded]
     arrays += [tensor.values for tensor in stored.values() if tensor.scale is None]
     payload = struct.pack("<I", len(text)) + text + b"".join(array.cpu().numpy().tobytes() for array in arrays)
-    # Repeats of a few codes cost more than the entropy coder takes for them, and how many the level finds changes the
-    # size by 1% either way. These settings find hardly any: 2% smaller, and steady (logs/ABLATIONS.md).
+    # Repeats of these codes cost more than the entropy coder: find hardly any (2% smaller, logs/ABLATIONS.md).
     search = {"window_log": 17, "min_match": 7, "search_log": 1, "chain_log": 6, "hash_log": 6}
     params = zstandard.ZstdCompressionParameters.from_level(22, write_checksum=True, **search)
     return ARTIFACT_MAGIC + zstandard.ZstdCompressor(compression_params=params).compress(payload)
@@ -1139,7 +1137,7 @@ class Trainer:
         self.saved_at = 0.0  # `elapsed` of the last checkpoint
         self.durations: list[float] = []  # of the recent steps, seconds
         self.seconds = math.inf  # for steps: the cap, less what `finish` takes
-        self.end_seconds = 0.0  # what starting QAT and `finish` take, by a rehearsal
+        self.end_seconds = 0.0  # of `finish`, rehearsed; the start of QAT and a checkpoint take less
         self.grids: Plan = {}  # that the MLP trains on; empty before fake quantization starts
         self.costs: Tensors = {}  # mean squared gradient of each row, see `grids_for_bytes`
         # Training tokens for costs and choices: the last sequences in their order, shared out over the ranks.
@@ -1174,7 +1172,10 @@ class Trainer:
         """Go on from what `save` wrote, with any number of ranks."""
         self.step = state["step"]
         self.elapsed = self.saved_at = state["elapsed"]
-        self.durations, self.costs = state["durations"], state["costs"]
+        self.durations = (
+            state["durations"] + self.durations
+        )  # those of the warm-up count, too: it may be another machine
+        self.costs = state["costs"]
         self.grids = {name: Grid(*values) for name, values in state["grids"].items()}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -1221,15 +1222,14 @@ class Trainer:
         """Untimed steps that compile everything, and a rehearsal of the end, to keep its time for it; all is undone."""
         before = copy.deepcopy(self.common_state() | {name: part.state_dict() for name, part in self.parts.items()})
         cap = self.cfg.max_wallclock_seconds
-        start = begun = ended = self.clock()
+        stamps = [self.clock()]
         for _ in range(self.cfg.warmup_steps or bool(cap)):
-            begun = self.clock()
             try:
                 self.train_step(1.0)
             except torch.OutOfMemoryError:
                 tokens = self.micro_seqs * self.cfg.train_seq_len
                 raise ValueError(f"{tokens} tokens do not fit the GPU: set MICRO_BATCH_TOKENS={tokens // 2}") from None
-            ended = self.clock()
+            stamps.append(self.clock())
         if cap:
             self.swa.n_averaged.fill_(2)  # so that there is a choice
             scratch = Path("logs", f"{self.cfg.run_id}.weights.tmp{os.getpid()}")
@@ -1237,17 +1237,15 @@ class Trainer:
                 self.finish(scratch)
             finally:
                 scratch.unlink(missing_ok=True)
-            self.end_seconds = self.clock() - ended
+            self.end_seconds = self.clock() - stamps[-1]
             self.seconds = cap - TIME_MARGIN * self.end_seconds
         self.restore(before)
-        self.durations = [ended - begun]
-        took = f"time:{1000 * (self.clock() - start):.0f}ms peak_memory_bytes:{torch.cuda.max_memory_allocated()}"
-        times = f"step_time:{1000 * self.durations[0]:.0f}ms end_time:{1000 * self.end_seconds:.0f}ms"
+        self.durations = np.diff(stamps)[-1:].tolist()
+        took = f"time:{1000 * (self.clock() - stamps[0]):.0f}ms peak_memory_bytes:{torch.cuda.max_memory_allocated()}"
+        times = f"step_time:{1000 * sum(self.durations):.0f}ms end_time:{1000 * self.end_seconds:.0f}ms"
         self.rt.log(f"warm_up steps:{self.cfg.warmup_steps} {took} {times}")
-        if not self.fits(self.durations[0]):
+        if not self.fits(sum(self.durations)):
             raise ValueError(f"MAX_WALLCLOCK_SECONDS={cap} is too short for {times}")
-        if (steps := self.cfg.warmdown_iters) * self.durations[0] > self.seconds:
-            self.rt.log(f"warning: WARMDOWN_ITERS={steps} last longer than the cap: set WARMDOWN_FRAC instead")
 
     def calibrate(self) -> None:
         """Find what errors in the rows of all matrices cost: their mean squared gradients on training tokens."""
@@ -1280,7 +1278,7 @@ class Trainer:
 
     @torch.no_grad()
     def quantized_loss(self, weights: Tensors) -> float:
-        """Mean NLL on the calibration tokens of `weights` as they would be stored. The averaged model takes those."""
+        """Mean NLL on the calibration tokens of `weights` as they would be stored, with the averaged model."""
         stored = quantize(weights, self.plan_for(weights), self.cfg)
         self.swa.module.load_state_dict({name: tensor.dequantize() for name, tensor in stored.items()})
         self.swa.module.refresh({})
@@ -1292,11 +1290,11 @@ class Trainer:
         return nats / num_tokens
 
     def finish(self, path: Path) -> tuple[Trained, str]:
-        """Write the last or the averaged weights, whichever lose less on training tokens once quantized; and say so."""
+        """Write and return the last or the averaged weights, whichever lose less on training tokens once quantized."""
         candidates = {"last": self.model.state_dict()}
         if self.cfg.swa_enabled and self.swa.n_averaged >= 2:
             candidates["swa"] = copy.deepcopy(self.swa.module.state_dict())  # the choice overwrites it
-        chosen, losses = list(candidates)[-1], ""  # the average, where there is one
+        chosen, losses = list(candidates)[-1 if self.cfg.swa_always else 0], ""  # without a comparison
         trained = self.common_state() | {"weights": candidates[chosen]}
         self.rt.from_rank_0(lambda: save_tensors(path, trained))  # before anything that can fail
         if self.cfg.rate_control and not self.costs:
@@ -1333,7 +1331,7 @@ class Trainer:
         self.clock_zero = time.perf_counter() - self.elapsed
         while self.step < cfg.iterations and self.fits(max(self.durations, default=0.0)):
             share_done = max(self.step / cfg.iterations, self.elapsed / self.seconds)
-            if not self.grids and share_done >= cfg.qat_start_frac and self.fits(self.end_seconds):  # never at 1
+            if not self.grids and share_done >= cfg.qat_start_frac and self.fits(self.end_seconds / 2):  # 1: never
                 self.start_qat()
                 continue  # it took time: is there some left?
             steps_left: float = cfg.iterations - self.step
@@ -1356,13 +1354,13 @@ class Trainer:
         if not self.grids and cfg.qat_start_frac < 1:
             self.rt.log(f"warning: no QAT, as QAT_START_FRAC={cfg.qat_start_frac} left no time or step for it")
         trained, chosen = self.finish(Path("logs", f"{cfg.run_id}.weights"))
-        for path in checkpoint_paths(cfg.run_id, "*") if self.rt.rank == 0 else []:
-            path.unlink()  # of no use now
         self.rt.log(f"export {chosen} time:{1000 * (self.clock() - self.elapsed):.0f}ms")
         self.elapsed = self.clock()
         why = "iterations" if self.step == cfg.iterations else "wallclock_cap"
         self.rt.log(f"training stopped:{why} step:{self.step} train_time:{1000 * self.elapsed:.0f}ms")
         self.validate()  # once the weights are on disk
+        for path in checkpoint_paths(cfg.run_id, "*") if self.rt.rank == 0 else []:
+            path.unlink()  # of no use now
         return trained
 
 
@@ -1432,11 +1430,13 @@ def main(cfg: Config, warnings: list[str]) -> int:
     if source and sha256 != data.tokenizer_sha256:
         raise ValueError(f"{source} needs the tokenizer of sha256 {sha256}: set TOKENIZER_PATH")
     if cfg.resume:
+        rt.open_log("a")  # before others can
         trained = rt.from_rank_0(lambda: newest_checkpoint(cfg, data, rt))
     trainer = None
     if not source and "weights" not in trained:  # a run that ended its training left those
         trainer = make_trainer(trained, data, cfg, rt)
-    rt.open_log()
+    if not cfg.resume:
+        rt.open_log("a" if cfg.dry_run or cfg.eval_artifact else "x")
     if cfg.dry_run:
         rt.log("plan: the run can start")
         return 0
@@ -1469,7 +1469,7 @@ def end_on_signals(run_id: str, rank: str) -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
-    handler = signal.SIG_DFL if rank != "0" else lambda number, frame: time.sleep(60)  # nothing more; others just end
+    handler = signal.SIG_DFL if rank != "0" else lambda number, frame: time.sleep(60)  # `end` ends it; others just end
     for number in signal.valid_signals() & {1, signal.SIGINT, signal.SIGTERM}:  # 1: SIGHUP, not on Windows
         if signal.getsignal(number) != signal.SIG_IGN or "RANK" in os.environ:  # nohup; torchrun means it
             signal.signal(number, handler)

@@ -322,6 +322,7 @@ def test_other_data_is_refused(late: Path, tmp_path: Path) -> None:
         if (corpus() / name).exists():
             shutil.copy(corpus() / name, moved)
     t.build_corpus([f"quite another text {i} " * 20 + chr(97 + i % 26) * i for i in range(90)], tmp_path / "other", 320)
+    (moved / "tokenizer.model").unlink()  # beside the shards it would be missed first
     done = cli(tmp_path, FULL, resume=1, **paths | {"tokenizer_path": tmp_path / "other/tokenizer.model"})
     assert done.code == 2 and "TOKENIZER_SHA256='" in done.err and "DATA_SHA256" not in done.err, done
     assert not values(done.out, "train_loss")
@@ -697,7 +698,7 @@ def test_dry_run_uses_the_device(monkeypatch: pytest.MonkeyPatch, device: str, e
         (t, "Trainer", Trainer),
         (t.GPT, "to", lambda self, device: self),
         (t, "Runtime", lambda _: rt),
-        (rt, "open_log", lambda: None),
+        (rt, "open_log", lambda mode: None),
         (t, "log_start", lambda *_: None),
         (t, "Data", lambda *_: None),
     ):

@@ -478,15 +478,3 @@ def test_bad_artifacts(artifact: bytes, tmp_path: Path) -> None:
         done = cli(tmp_path, {"eval_artifact": name})
         assert done.code == 2 and done.err.startswith("error: ") and part in done.err, done
     assert not (tmp_path / "logs").exists()
-
-
-def test_other_tokenizer(artifact: bytes, one_rank: tuple[Path, str], tmp_path: Path) -> None:
-    """Artifact and weights are refused with another tokenizer of the same size, before they are scored."""
-    t.build_corpus([f"quite another text {i} " * 20 + chr(97 + i % 26) * i for i in range(90)], tmp_path / "other", 320)
-    (tmp_path / "sound").write_bytes(artifact)
-    weights = one_rank[0] / "logs/r.weights"
-    for changes in ({"eval_artifact": "sound"}, {"export_from": weights}):
-        done = cli(tmp_path, {"tokenizer_path": tmp_path / "other/tokenizer.model", **changes})
-        name = next(iter(changes.values()))
-        assert done.code == 2 and f"error: {name} needs the tokenizer of sha256 " in done.err, done
-        assert "set TOKENIZER_PATH" in done.err and "val_bpb" not in done.out

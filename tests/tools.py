@@ -85,7 +85,7 @@ class SilentRuntime(t.Runtime):
         """Keep the line."""
         self.lines.append(line)
 
-    def open_log(self) -> None:
+    def open_log(self, mode: str) -> None:
         """There is no file."""
 
 
