@@ -176,6 +176,7 @@ DEMO = """
     ARTIFACT_LIMIT_BYTES=1100000
 """
 PRESETS = {("RECIPE", "pr314"): PR314, ("DEMO", "1"): DEMO}  # the later one wins
+# Of each group only one may be set.
 EXCLUSIVE = """
     DEMO+TEXT_FILES+DATA_PATH DEMO+TEXT_FILES+TOKENIZER_PATH EVAL_ARTIFACT+EXPORT_FROM+RESUME EVAL_ARTIFACT+EVAL_FLOAT
 """
@@ -1021,7 +1022,7 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
         content = encode_artifact(quantize(weights, plan, cfg), cfg, tokenizer_sha256)
         rt.log(f"artifact round:{i} model_bytes:{len(content)} time:{1000 * (time.perf_counter() - begun):.0f}ms")
         same = content == best  # so would all further rounds be
-        if not best or len(best) < len(content) <= limit or len(content) < len(best) > limit:
+        if not best or len(best) < len(content) <= limit or limit < len(best) > len(content):
             best = content  # the fullest that fits, else the least over
         if same or FULL_ENOUGH * limit <= len(best) <= limit:
             break
@@ -1137,7 +1138,7 @@ class Trainer:
         self.saved_at = 0.0  # `elapsed` of the last checkpoint
         self.durations: list[float] = []  # of the recent steps, seconds
         self.seconds = math.inf  # for steps: the cap, less what `finish` takes
-        self.end_seconds = 0.0  # of `finish`, rehearsed; the start of QAT and a checkpoint take less
+        self.end_seconds = 0.0  # of `finish`, rehearsed; stands for a checkpoint, too
         self.grids: Plan = {}  # that the MLP trains on; empty before fake quantization starts
         self.costs: Tensors = {}  # mean squared gradient of each row, see `grids_for_bytes`
         # Training tokens for costs and choices: the last sequences in their order, shared out over the ranks.
@@ -1172,9 +1173,8 @@ class Trainer:
         """Go on from what `save` wrote, with any number of ranks."""
         self.step = state["step"]
         self.elapsed = self.saved_at = state["elapsed"]
-        self.durations = (
-            state["durations"] + self.durations
-        )  # those of the warm-up count, too: it may be another machine
+        # The warm-up's count, too: this machine may be slower.
+        self.durations = state["durations"] + self.durations
         self.costs = state["costs"]
         self.grids = {name: Grid(*values) for name, values in state["grids"].items()}
         for name, part in self.parts.items():
