@@ -1,6 +1,6 @@
 """Train, quantize, compress and score a language model in 16,000,000 bytes (Parameter Golf), in one file.
 
-"11L Int4 MLP QAT + BigramHash(10240) + SWA": an 11-layer U-Net-skip transformer of 27,878,509 parameters, whose MLP
+"11L Int4 MLP QAT + BigramHash(10240) + SWA": an 11-layer U-Net-skip transformer of 33,645,677 parameters, whose MLP
 ends its training under straight-through fake quantization. All matrices are rounded to grids that fill the limit,
 stored in one zstd-22 frame, read back and scored: the last line of the log is the score of the file on disk.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import difflib
 import glob
@@ -78,7 +77,7 @@ class Config:
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     text_files: str = knob("", "glob of UTF-8 text files: build shards and tokenizer from them instead")
     demo: bool = knob(False, "1: train on the documentation that Python, NumPy and PyTorch ship, at CPU sizes")
-    recipe: str = knob("", "pr314: the literal design of pull request 314", "= pr314")
+    recipe: str = knob("", "small: values for short runs; pr314: those of pull request 314", "= pr314 small")
     sequence_order: str = knob("spread", "spread: each batch covers all data; file: as it stands", "= spread file")
     # run
     run_id: str = knob("", "name of log and artifact in logs/ (default: date, time and a random suffix)")
@@ -88,17 +87,20 @@ class Config:
     export_from: str = knob("", "path of logs/RUN_ID.weights: export and score these weights, no training")
     eval_artifact: str = knob("", "path of an artifact: score it and stop, no training")
     seed: int = knob(42, "seed of the initial weights", ">= 0")
+    attention: str = knob("auto", "auto: FlashAttention 3 where it can run; sdpa: PyTorch's", "= auto sdpa")
+    compute_dtype: str = knob("auto", "auto: bfloat16 on a GPU that computes in it", "= auto bfloat16 float32")
+    compile: str = knob("auto", "torch.compile: 1, 0, or auto (on CUDA only)", "= auto 0 1")
     # schedule
     iterations: int = knob(20000, "training steps at most", ">= 1")
     max_wallclock_seconds: float = knob(600.0, "training time at most, validation excluded (0 = no cap)", ">= 0")
     warmup_steps: int = knob(20, "untimed steps that compile everything, undone afterwards (with a cap >= 1)", ">= 0")
-    warmdown_frac: float = knob(0.36, "share of steps or cap in which the learning rate falls to 0", ">= 0", "<= 1")
+    warmdown_frac: float = knob(0.6, "share of steps or cap in which the learning rate falls to 0", ">= 0", "<= 1")
     warmdown_iters: int = knob(-1, "the same in steps or their worth of time (-1: WARMDOWN_FRAC counts)", ">= -1")
     train_batch_tokens: int = knob(786432, "tokens per step over all ranks", ">= 1")
     train_seq_len: int = knob(2048, "tokens per sequence, in training and evaluation", ">= 1", "<= 131072")
     micro_batch_tokens: int = knob(0, "tokens per forward and rank at most (0: 98,304 on CUDA, else 16,384)", ">= 0")
     val_batch_size: int = knob(524288, "tokens per batch of validation during training, over all ranks", ">= 1")
-    val_loss_every: int = knob(500, "validate every N steps (0 = at the end only)", ">= 0")
+    val_loss_every: int = knob(2000, "validate every N steps (0 = at the end only)", ">= 0")
     train_log_every: int = knob(100, "log the training loss every N steps", ">= 1")
     # evaluation
     eval_stride: int = knob(64, "stride of the final sliding window (0 = plain windows)", ">= 0")
@@ -109,23 +111,26 @@ class Config:
     model_dim: int = knob(512, "width of the residual stream", ">= 1")
     num_heads: int = knob(8, "query heads", ">= 1")
     num_kv_heads: int = knob(4, "key/value heads", ">= 1")
-    mlp_mult: int = knob(3, "MLP hidden size over MODEL_DIM", ">= 1")
+    mlp_mult: int = knob(4, "MLP hidden size over MODEL_DIM", ">= 1")
     relu_slope: float = knob(0.5, "slope of the ReLU below zero, before it is squared", ">= 0", "<= 1")
-    xsa_layers: int = knob(4, "last layers with exclusive self-attention (XSA)", ">= 0")
+    xsa_layers: int = knob(11, "last layers with exclusive self-attention (XSA)", ">= 0")
     value_residual: bool = knob(True, "1: later layers mix the first one's values into their own")
     vocab_size: int = knob(1024, "tokens of the tokenizer", ">= 1", "<= 65536")
     tie_embeddings: bool = knob(True, "1: the output head is the token embedding; there is no other", "= True")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", ">= 0")
     rope_base: float = knob(10000.0, "base of the rotary frequencies", "> 0")
+    rope_dims: int = knob(16, "dimensions of each head that RoPE rotates, at most (0: all)", ">= 0")
+    ln_scale: bool = knob(True, "1: the norms of a block are scaled by 1 / sqrt(layer + 1)")
     logit_softcap: float = knob(30.0, "logits are c * tanh(x / c)", "> 0")
-    qk_gain_init: float = knob(1.5, "initial gain per query head")
+    qk_gain_init: float = knob(5.0, "initial gain per query head")
     bigram_vocab_size: int = knob(10240, "buckets of the bigram hash embedding", ">= 2")
     bigram_dim: int = knob(128, "width of the bigram hash embedding", ">= 1")
     # optimizers
-    tied_embed_lr: float = knob(0.03, "learning rate of the tied token embedding and of the bigram table", ">= 0")
-    matrix_lr: float = knob(0.02, "learning rate of Muon (matrices of the blocks, bigram projection)", ">= 0")
-    scalar_lr: float = knob(0.02, "learning rate of gains, scales, gates and value mixes", ">= 0")
-    weight_decay: float = knob(0.04, "decoupled weight decay of all parameters", ">= 0")
+    tied_embed_lr: float = knob(0.042, "learning rate of the tied token embedding and of the bigram table", ">= 0")
+    matrix_lr: float = knob(0.028, "learning rate of Muon (matrices of the blocks, bigram projection)", ">= 0")
+    scalar_lr: float = knob(0.028, "learning rate of gains, scales, gates and value mixes", ">= 0")
+    weight_decay: float = knob(0.09, "decoupled weight decay of matrices and embeddings", ">= 0")
+    scalar_weight_decay: float = knob(0.02, "the same of gains, scales, gates and value mixes", ">= 0")
     muon_momentum: float = knob(0.99, "Nesterov momentum of Muon after its warm-up", ">= 0", "< 1")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", ">= 1")
     muon_momentum_warmup_start: float = knob(0.92, "momentum of Muon at step 0", ">= 0", "< 1")
@@ -141,52 +146,51 @@ class Config:
     swa_start_frac: float = knob(0.4, "snapshots below this lr_scale; QAT drops older ones", ">= 0", "<= 1")
     swa_every: int = knob(50, "steps between snapshots", ">= 1")
     swa_always: bool = knob(False, "1: export the average, if any; 0: it or the last weights, by their loss")
-    qat_start_frac: float = knob(0.92, "share of steps or cap done when QAT starts (1 = never)", ">= 0", "<= 1")
+    qat_start_frac: float = knob(0.8, "share of steps or cap done when QAT starts (1 = never)", ">= 0", "<= 1")
     rate_control: bool = knob(True, "1: one step size for all matrices, such that the limit is filled; 0: fixed bits")
     calibration_tokens: int = knob(65536, "training tokens that weigh errors and choose the weights", ">= 1")
-    mlp_bits: int = knob(0, "bits of MLP codes at most (0: 8, without RATE_CONTROL 4)", "= 2 3 4 5 6 7 8")
+    mlp_bits: int = knob(4, "bits of MLP codes at most", ">= 2", "<= 8")
     attn_bits: int = knob(0, "bits of attention codes at most (0: 8, without RATE_CONTROL 5)", "= 2 3 4 5 6 7 8")
     bigram_bits: int = knob(0, "bits of bigram codes at most (0: 8, without RATE_CONTROL 5)", "= 2 3 4 5 6 7 8")
     mlp_prune_frac: float = knob(0.0, "share of smallest MLP weights set to zero before export", ">= 0", "< 1")
     prune_frac: float = knob(0.0, "the same for other matrices of over 65,536 elements", ">= 0", "< 1")
     artifact_limit_bytes: int = knob(16_000_000, "limit for code plus model, decimal bytes", ">= 1")
-    # machine
-    attention: str = knob("auto", "auto: FlashAttention 3 where it can run; sdpa: PyTorch's", "= auto sdpa")
-    compute_dtype: str = knob("auto", "auto: bfloat16 on a GPU that computes in it", "= auto bfloat16 float32")
-    compile: str = knob("auto", "torch.compile: 1, 0, or auto (on CUDA only)", "= auto 0 1")
 
 
 MODEL_FIELDS = """
     num_layers model_dim num_heads num_kv_heads mlp_mult vocab_size rope_base bigram_dim logit_softcap
-    bigram_vocab_size train_seq_len relu_slope xsa_layers value_residual
+    bigram_vocab_size train_seq_len relu_slope xsa_layers value_residual rope_dims ln_scale
 """.split()  # what an artifact must know to build its model
 MAY_CHANGE_ON_RESUME = """
     resume dry_run checkpoint_every data_path tokenizer_path micro_batch_tokens val_loss_every train_log_every attention
     val_batch_size eval_float eval_batch_seqs text_files demo
 """.split()
 
-PR314 = """
-    MLP_BITS=4 ATTN_BITS=6 RELU_SLOPE=0 QAT_START_FRAC=0 RATE_CONTROL=0 SWA_ALWAYS=1 WARMDOWN_ITERS=2500 PRUNE_FRAC=0.03
-    MLP_PRUNE_FRAC=0.05 BIGRAM_BITS=6 XSA_LAYERS=0 VALUE_RESIDUAL=0 MUON_EQ=0 MUON_MOMENTUM_END=0.99 SEQUENCE_ORDER=file
+# What runs of minutes measured as better, where full-size runs say otherwise (logs/ABLATIONS.md).
+SMALL = """
+    ROPE_DIMS=0 LN_SCALE=0 QK_GAIN_INIT=1.5 TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WEIGHT_DECAY=0.04
 """
-DEMO = """
-    ITERATIONS=260 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_ITERS=160 SWA_EVERY=5 TRAIN_BATCH_TOKENS=2048
-    TRAIN_SEQ_LEN=256 VAL_BATCH_SIZE=16384 VAL_LOSS_EVERY=100 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2
-    BIGRAM_DIM=64 TRAIN_LOG_EVERY=20 EVAL_FLOAT=1 MUON_MOMENTUM_WARMUP_STEPS=150 CALIBRATION_TOKENS=16384
-    ARTIFACT_LIMIT_BYTES=1100000
+PR314 = f"""
+    {SMALL} MLP_BITS=4 ATTN_BITS=6 RELU_SLOPE=0 QAT_START_FRAC=0 RATE_CONTROL=0 SWA_ALWAYS=1 WARMDOWN_ITERS=2500
+    PRUNE_FRAC=0.03 MLP_PRUNE_FRAC=0.05 BIGRAM_BITS=6 XSA_LAYERS=0 VALUE_RESIDUAL=0 MUON_EQ=0 MUON_MOMENTUM_END=0.99
+    SEQUENCE_ORDER=file MLP_MULT=3 VAL_LOSS_EVERY=500 SCALAR_WEIGHT_DECAY=0.04
 """
-PRESETS = {("RECIPE", "pr314"): PR314, ("DEMO", "1"): DEMO}  # the later one wins
-# Of each group only one may be set.
+DEMO = f"""
+    {SMALL} ITERATIONS=260 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 SWA_EVERY=5 EVAL_FLOAT=1 ARTIFACT_LIMIT_BYTES=980000
+    TRAIN_BATCH_TOKENS=2048 TRAIN_SEQ_LEN=256 VAL_BATCH_SIZE=16384 VAL_LOSS_EVERY=100 NUM_LAYERS=6 MODEL_DIM=128
+    NUM_HEADS=4 NUM_KV_HEADS=2 BIGRAM_DIM=64 TRAIN_LOG_EVERY=20 MUON_MOMENTUM_WARMUP_STEPS=150 CALIBRATION_TOKENS=16384
+"""
+PRESETS = {("RECIPE", "small"): SMALL, ("RECIPE", "pr314"): PR314, ("DEMO", "1"): DEMO}  # the later one wins
 EXCLUSIVE = """
     DEMO+TEXT_FILES+DATA_PATH DEMO+TEXT_FILES+TOKENIZER_PATH EVAL_ARTIFACT+EXPORT_FROM+RESUME EVAL_ARTIFACT+EVAL_FLOAT
-"""
+""".split()  # of each group only one may be set
 # Names that other scripts and earlier versions of this one read, behind the setting that comes nearest to them.
 FOREIGN = r"""
     WEIGHT_DECAY=(MUON|ADAMW?|EMBED)_(WD|WEIGHT_DECAY) QAT_START_FRAC=(LATE_)?QAT(_ENABLED|_THRESHOLD|_FRACTION)?
     XSA_LAYERS=XSA_LAST_N MLP_MULT=MLP_HIDDEN RELU_SLOPE=(MLP|LEAKY)\w*_SLOPE SWA_ENABLED=EMA_\w+ DATA_PATH=DATA_DIR
     BIGRAM_VOCAB_SIZE=BIGRAM_\w*BUCKETS TRAIN_SEQ_LEN=EVAL_SEQ_LEN TIED_EMBED_LR=(EMBED|HEAD)_LR EVAL_STRIDE=SLIDING_\w+
-    MLP_BITS=(MATRIX|QUANT|QAT|EMBED)_BITS WARMDOWN_ITERS=WARMDOWN_STEPS ROPE_BASE=ROPE_THETA nothing=ROPE_DIMS|LN_SCALE
-    nothing=(TTT|VE|LQER|MTP|GPTQ|SMEAR|PLAN)_\w+|\w+_CLIP_SIGMAS|ERROR_FEEDBACK|CALIBRATION_RESERVE|EVAL_MODE|COMPRESSOR
+    MLP_BITS=(MATRIX|QUANT|QAT|EMBED)_BITS WARMDOWN_ITERS=WARMDOWN_STEPS ROPE_BASE=ROPE_THETA nothing=COMPRESSOR
+    nothing=(TTT|VE|LQER|MTP|GPTQ|SMEAR|PLAN)_\w+|\w+_CLIP_SIGMAS|ERROR_FEEDBACK|CALIBRATION_RESERVE|EVAL_MODE
 """.split()
 
 
@@ -209,7 +213,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
         except ValueError:
             problems.append(f"{name}={text!r}: expected {expected}")
     given = {name for name, text in environ.items() if text not in ("", "0")}
-    for group in EXCLUSIVE.split():
+    for group in EXCLUSIVE:
         if len(both := given & {*group.split("+")}) > 1:
             problems.append(f"{' and '.join(sorted(both))} exclude each other: remove one")
     if values.get("resume") and not values.get("run_id"):
@@ -270,13 +274,9 @@ class Runtime:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))  # without torchrun: what a dry run plans for
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
+        self.device = torch.device("cuda" if cuda else "cpu")
         if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(self.device)
-        elif sys.platform == "linux":  # keep freed memory: glibc would fault the pages of every large tensor in again
-            for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, value)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         prefix = "eval-" if cfg.eval_artifact else "plan-" if cfg.dry_run else ""
         self.log_path = Path("logs", f"{prefix}{cfg.run_id}.txt")
         self.log_path.parent.mkdir(exist_ok=True)
@@ -292,6 +292,8 @@ class Runtime:
         auto = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         self.compute_dtype = {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.compute_dtype]
         self.compiles = {"auto": cuda, "1": True, "0": False}[cfg.compile]
+        # Before Inductor is imported: this fusion made a step 5.9 ms slower (pull request 1420 of the challenge).
+        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
         hopper = cuda and torch.cuda.get_device_capability()[0] == 9
         fits = hopper and self.compute_dtype == torch.bfloat16 and cfg.model_dim // cfg.num_heads in range(8, 257, 8)
         self.flash3 = cfg.attention == "auto" and flash_attn_func is not None and fits
@@ -378,9 +380,7 @@ class TokenShards:
         if not self.paths:
             raise FileNotFoundError(f"no shards match {pattern}: set DATA_PATH")
         if odd := [path for path in self.paths if not re.fullmatch(r"fineweb_(train|val)_\d+\.bin", path.name)]:
-            raise ValueError(
-                f"{odd[0]} is not named as a shard. Data with byte counts cannot be scored; else move it away"
-            )
+            raise ValueError(f"{odd[0]} is no shard by its name: data with byte counts cannot be scored; move others")
         self.shards = list(map(open_shard, self.paths))
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.total = int(self.starts[-1])
@@ -518,9 +518,9 @@ class Data:
 # One step size for all fills the limit. Plans are made at the start of QAT, whose MLP grids stay, and for the export.
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # the range of fp16, in which scales are stored
-FIXED_BITS = {"mlp": 4, "attn": 5, "bigram": 5}  # without RATE_CONTROL
 PRUNE_ABOVE_ELEMENTS = 65536
 LEAST_COST = 1e-4  # of a row, as a share of the model's mean
+SCALES_TRIED = 16  # 8 per octave, from the one that clips nothing down
 FINEST, COARSEST, BISECTIONS = -30.0, 10.0, 16  # log2 of the step sizes tried, and how often their range is halved
 
 
@@ -545,26 +545,18 @@ class Stored(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Integers of `bits` bits times a scale per row: `step`, or more where the largest weight of the row needs it."""
+    """Integers of `bits` bits times a scale per row; weights beyond the largest integer are clipped."""
 
     bits: int
-    step: Tensor | None = None  # (R,); without it, the largest weight of a row gets the largest integer
-
-    def row_scales(self, weight: Tensor) -> Tensor:
-        """Scale per row of `weight` (R, C): fp16 values as fp32 (R,). Not under torch.compile, which drops rounding."""
-        scale = weight.abs().amax(dim=1) / (2 ** (self.bits - 1) - 1)
-        if self.step is not None:
-            # Rounded up to 8 values per octave, scales compress to half their bytes.
-            mantissa, exponent = torch.frexp(torch.maximum(scale, self.step.to(scale.device)))
-            scale = torch.ldexp((16 * mantissa).ceil() / 16, exponent)
-        return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+    scale: Tensor | None = None  # (R,); without it, the largest weight of a row gets the largest integer
 
     def quantize(self, weight: Tensor) -> Stored:
-        """The nearest codes and their scales."""
-        scale = self.row_scales(weight)
+        """The nearest codes and their scales, in fp16. Not under torch.compile, which drops rounding."""
         largest = 2 ** (self.bits - 1) - 1
-        codes = (weight / scale.unsqueeze(1)).round().clamp(-largest - 1, largest)
-        return Stored(codes.to(torch.int8), scale.half())
+        scale = weight.abs().amax(dim=1) / largest if self.scale is None else self.scale.to(weight.device)
+        scale = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
+        codes = (weight / scale.float().unsqueeze(1)).round().clamp(-largest - 1, largest)
+        return Stored(codes.to(torch.int8), scale)
 
 
 Plan = dict[str, Grid]  # parameter name -> grid; all other parameters are stored as fp16
@@ -578,37 +570,49 @@ def category(name: str) -> str:
     return next((kind for kind in ("mlp", "attn", "bigram") if kind in name), "embed")
 
 
-def grids_of_step(step_size: float, costs: Tensors, kept: Plan, cfg: Config) -> Plan:
-    """Grids with steps of `step_size` / sqrt(cost) in each row; matrices in `kept` stay on theirs."""
-    # The mean keeps rows that calibration did not meet from being free, the least cost those behind a zero projection.
-    model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean().clamp(min=1e-30)
-    plan = {}
-    for name, cost in costs.items():
-        relative = ((cost + cost.mean()) / model_mean).clamp(min=LEAST_COST)
-        bits = getattr(cfg, f"{category(name)}_bits", 0) or 8  # int8 can hold no more
-        plan[name] = Grid(bits, step_size * relative.rsqrt())
-    return plan | kept
+def finest_scales(weight: Tensor, bits: int) -> Tensor:
+    """Scales (R,) of the least squared error with `bits` bits: finer ones lose more by clipping than they resolve."""
+    widest = weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)  # clips nothing, which suits 255 codes
+    tried = torch.stack([widest * 2 ** (-i / 8) for i in range(SCALES_TRIED if bits < 8 else 1)])
+    errors = [(Grid(bits, scale).quantize(weight).dequantize() - weight).square().sum(dim=1) for scale in tried]
+    return tried.gather(0, torch.stack(errors).argmin(dim=0, keepdim=True))[0].cpu()
 
 
 def grids_for_bytes(weights: Tensors, costs: Tensors, kept: Plan, cfg: Config, budget: float) -> Plan:
     """Grids at which all weights take `budget` bytes under an ideal order-0 entropy coder; those in `kept` stay.
 
     An error costs its square times `cost`, the mean squared gradient of its row on training tokens. A step s makes
-    errors of s^2 / 12, and doubling it saves a bit: bytes are best spent where s^2 * cost is the same everywhere: one
-    step size for all (reverse water-filling, Cover and Thomas 10.3.3). Without RATE_CONTROL or costs, bits are fixed.
+    errors of s^2 / 12, and doubling it saves a bit: bytes are best spent where s^2 * cost is the same everywhere
+    (reverse water-filling, Cover and Thomas 10.3.3). Without RATE_CONTROL or costs, bits are fixed.
     """
     if not (cfg.rate_control and costs):
-        bits = {kind: getattr(cfg, f"{kind}_bits") or default for kind, default in FIXED_BITS.items()}
+        fixed = {"mlp": cfg.mlp_bits, "attn": cfg.attn_bits or 5, "bigram": cfg.bigram_bits or 5}
         fp16_key = f"blocks.{cfg.num_layers - 2}.attn.k_proj.weight"  # as in pull request 180; so is the embedding
-        return {n: Grid(bits[category(n)]) for n in weights if category(n) in bits and n != fp16_key} | kept
+        return {n: Grid(fixed[category(n)]) for n in weights if category(n) in fixed and n != fp16_key} | kept
+    # The mean keeps rows that calibration did not meet from being free, the least cost those behind a zero projection.
+    model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean().clamp(min=1e-30)
+    free: dict[str, tuple[int, Tensor, Tensor]] = {}
+    for name in sorted(costs.keys() - kept.keys()):
+        bits = getattr(cfg, f"{category(name)}_bits", 0) or 8  # int8 can hold no more
+        relative = ((costs[name] + costs[name].mean()) / model_mean).clamp(min=LEAST_COST)
+        free[name] = (bits, finest_scales(weights[name], bits), relative.rsqrt())
+
+    def plan_of(step_size: float) -> Plan:
+        plan = {}
+        for name, (bits, finest, unit) in free.items():
+            # Rounded up to 8 values per octave, scales compress to half their bytes.
+            mantissa, exponent = torch.frexp(torch.maximum(finest, step_size * unit))
+            plan[name] = Grid(bits, torch.ldexp((16 * mantissa).ceil() / 16, exponent))
+        return plan | kept
+
     fine, coarse = FINEST, COARSEST
     for _ in range(BISECTIONS):
         middle = (fine + coarse) / 2
-        if coded_bytes(weights, grids_of_step(2**middle, costs, kept, cfg), cfg) > budget:
+        if coded_bytes(weights, plan_of(2**middle), cfg) > budget:
             fine = middle
         else:
             coarse = middle
-    return grids_of_step(2**coarse, costs, kept, cfg)
+    return plan_of(2**coarse)
 
 
 def coded_bytes(weights: Tensors, plan: Plan, cfg: Config) -> float:
@@ -635,7 +639,7 @@ def quantize(weights: Tensors, plan: Plan, cfg: Config) -> dict[str, Stored]:
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 # A new layer needs: its settings in MODEL_FIELDS; matrices as CastedLinear with names in _proj; its kind in `category`
-# and FIXED_BITS; initial values by `init_weights` or its constructor. All else follows from its parameters' names.
+# and its fixed bits; initial values by `init_weights` or its constructor. All else follows from its parameters' names.
 
 
 class CastedLinear(nn.Module):
@@ -668,10 +672,11 @@ def norm(x: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate the split halves of queries or keys (B, T, H, head_dim) by their positions (RoPE, arXiv:2104.09864)."""
-    a, b = x.chunk(2, dim=-1)
+    """Rotate pairs of dimensions of queries or keys (B, T, H, head_dim) by their positions (RoPE, arXiv:2104.09864)."""
     cos, sin = rotary
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    pairs = cos.size(-1)
+    a, b, rest = x.split((pairs, pairs, x.size(-1) - 2 * pairs), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -702,8 +707,7 @@ class CausalSelfAttention(nn.Module):
         k = apply_rotary(norm(k), rotary)
         if self.flash3:
             out = flash_attn_func(q, k, v, causal=True)
-            if isinstance(out, tuple):  # older versions return the log-sum-exp, too
-                out = out[0]
+            out = out[0] if isinstance(out, tuple) else out  # older versions return the log-sum-exp, too
         else:
             q, k, v_heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             out = F.scaled_dot_product_attention(q, k, v_heads, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -734,6 +738,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config, index: int, flash3: bool) -> None:
         super().__init__()
+        self.norm_scale = (index + 1) ** (-0.5 * cfg.ln_scale)  # deeper layers change the stream less
         self.attn = CausalSelfAttention(cfg, index, flash3)
         self.mlp = MLP(cfg)
         self.mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
@@ -744,9 +749,9 @@ class Block(nn.Module):
         """x, x0 (B, T, model_dim) -> new x, and the values of this layer's attention."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        attn_out, v = self.attn(norm(x), rotary, v0)
+        attn_out, v = self.attn(norm(x) * self.norm_scale, rotary, v0)
         x = x + self.attn_scale.to(x.dtype) * attn_out
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.norm_scale)
         return x, v
 
 
@@ -760,15 +765,13 @@ class BigramHash(nn.Module):
         self.out_proj = CastedLinear(cfg.bigram_dim, cfg.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
-    def bucket(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> bucket of each token and the one before it; the last bucket for the first position."""
-        ids = input_ids.to(torch.int32)
-        pairs = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1])  # two odd constants mix the ids
-        return F.pad(pairs % (self.buckets - 1), (1, 0), value=self.buckets - 1)
-
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Token ids (B, T) -> (B, T, model_dim) of `dtype`."""
-        return self.scale.to(dtype) * self.out_proj(self.embed(self.bucket(input_ids)).to(dtype))
+        ids = input_ids.to(torch.int32)
+        pairs = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1])  # two odd constants mix the ids
+        # The bucket of each token and the one before it; the last bucket for the first position.
+        buckets = F.pad(pairs % (self.buckets - 1), (1, 0), value=self.buckets - 1)
+        return self.scale.to(dtype) * self.out_proj(self.embed(buckets).to(dtype))
 
 
 class GPT(nn.Module):
@@ -785,9 +788,10 @@ class GPT(nn.Module):
         self.num_skips = cfg.num_layers // 2
         self.skip_scale = nn.Parameter(torch.ones(self.num_skips, cfg.model_dim))
         head_dim = cfg.model_dim // cfg.num_heads
-        frequencies = cfg.rope_base ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angles = torch.outer(torch.arange(float(cfg.train_seq_len)), frequencies).unsqueeze(1)  # (T, 1, head_dim / 2)
-        self.rotary: Tensor  # cosines and sines (2, T, 1, head_dim / 2)
+        pairs = min(cfg.rope_dims or head_dim, head_dim) // 2
+        frequencies = cfg.rope_base ** (-torch.arange(pairs) / pairs)
+        angles = torch.outer(torch.arange(float(cfg.train_seq_len)), frequencies).unsqueeze(1)  # (T, 1, pairs)
+        self.rotary: Tensor  # cosines and sines (2, T, 1, pairs)
         self.register_buffer("rotary", torch.stack((angles.cos(), angles.sin())).to(dtype), persistent=False)
 
     @torch.no_grad()
@@ -827,14 +831,12 @@ class GPT(nn.Module):
             if i >= self.num_skips and skips:  # with an odd number of blocks the last one has no skip to take
                 x = x + skip_scale[i - self.num_skips] * skips.pop()
             x, v = block(x, x0, rotary, v0)
-            if v0 is None:
-                v0 = v
+            v0 = v if v0 is None else v0
             if i < self.num_skips:
                 skips.append(x)
         logits = F.linear(norm(x), self.embed.weight.to(x.dtype)).float()
         logits = self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
-        nll = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none")
-        return nll.view_as(target_ids)
+        return F.cross_entropy(logits.flatten(0, 1), target_ids.flatten(), reduction="none").view_as(target_ids)
 
 
 # ---- Optimizers and schedules ----------------------------------------------------------------------------------------
@@ -888,12 +890,13 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> dict[str, torch.optim.Optimizer]:
     """AdamW for embeddings and small parameters, Muon for matrices; each parameter has exactly one."""
     params = dict(model.named_parameters())
+    small = [p for name, p in params.items() if category(name) == "small"]
+    tables = [model.embed.weight, model.bigram.embed.weight]
     groups: list[dict[str, Any]] = [
-        {"params": [model.embed.weight, model.bigram.embed.weight], "lr": cfg.tied_embed_lr},
-        {"params": [p for name, p in params.items() if category(name) == "small"], "lr": cfg.scalar_lr},
+        {"params": tables, "lr": cfg.tied_embed_lr, "weight_decay": cfg.weight_decay},
+        {"params": small, "lr": cfg.scalar_lr, "weight_decay": cfg.scalar_weight_decay},
     ]
-    betas = (cfg.beta1, cfg.beta2)
-    adamw = torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
     muon = Muon([p for name, p in params.items() if name.endswith("_proj.weight")], cfg, rt)
     owned = [p for group in adamw.param_groups + muon.param_groups for p in group["params"]]
     assert len(owned) == len({*owned}) == len(params), "every parameter needs exactly one optimizer"
@@ -951,7 +954,7 @@ def evaluate(model: GPT, data: Data, rt: Runtime, stride: int, batch_seqs: int) 
 
 # ---- Artifact --------------------------------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC = b"PGPT" + struct.pack("<I", 3)  # with the version of the format
+ARTIFACT_MAGIC = b"PGPT" + struct.pack("<I", 4)  # with the version of the format
 EXPORT_ROUNDS = 6
 AIM, FULL_ENOUGH = 0.998, 0.996  # shares of the limit: what a round aims at, what ends the rounds
 Trained = dict[str, Any]  # config, data, weights, grids, costs: what `export` needs, logs/RUN_ID.weights
@@ -1005,13 +1008,13 @@ def export(trained: Trained, cfg: Config, rt: Runtime, tokenizer_sha256: str) ->
     """Quantize, compress and write logs/RUN_ID.ptz on rank 0, filling the limit; returns its path."""
     limit = cfg.artifact_limit_bytes - CODE_BYTES
     weights = {name: weight.to(rt.device) for name, weight in trained["weights"].items()}
-    costs = trained["costs"]
-    if not costs:  # stored before the calibration: about the same for all; rounded scales of equal steps would jump
-        costs = {name: torch.linspace(1, 1.28, len(w)) for name, w in weights.items() if category(name) != "small"}
+    # Without costs, as before the calibration: about the same for all; rounded scales of equal steps would jump.
+    equal = {name: torch.linspace(1, 1.28, len(w)) for name, w in weights.items() if category(name) != "small"}
+    costs = trained["costs"] or equal
     budget = AIM * limit
     # Grids that the MLP trained on stay unless MLP_BITS changed, the limit shrank, or the rest cannot fit beside them.
     kept = {name: Grid(*values) for name, values in trained["grids"].items()}
-    least_bytes = coded_bytes(weights, grids_of_step(2**COARSEST, costs, kept, cfg), cfg)
+    least_bytes = coded_bytes(weights, grids_for_bytes(weights, costs, kept, cfg, 0), cfg)
     shrank = cfg.artifact_limit_bytes < trained["config"]["artifact_limit_bytes"] or least_bytes > budget
     if cfg.mlp_bits != trained["config"]["mlp_bits"] or (cfg.rate_control and shrank):
         kept = {}
@@ -1173,8 +1176,7 @@ class Trainer:
         """Go on from what `save` wrote, with any number of ranks."""
         self.step = state["step"]
         self.elapsed = self.saved_at = state["elapsed"]
-        # The warm-up's count, too: this machine may be slower.
-        self.durations = state["durations"] + self.durations
+        self.durations = state["durations"] + self.durations  # the warm-up's, too: this machine may be slower
         self.costs = state["costs"]
         self.grids = {name: Grid(*values) for name, values in state["grids"].items()}
         for name, part in self.parts.items():
@@ -1212,8 +1214,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_scale
-                if "momentum" in group:
-                    group["momentum"] = muon_momentum_at(self.step, lr_scale, self.cfg)
+                group["momentum"] = muon_momentum_at(self.step, lr_scale, self.cfg)  # AdamW does not read it
             optimizer.step()
         self.model.refresh()
         return loss.item(), grad_norm.item()  # waits for the device
@@ -1284,10 +1285,10 @@ class Trainer:
         self.swa.module.refresh({})
         sums = torch.zeros(2, device=self.rt.device)  # nats, tokens
         for tokens in self.calibration_batches:
-            nll = self.swa.module(tokens[:, :-1].to(self.rt.device), tokens[:, 1:].to(self.rt.device))
-            sums += torch.tensor([nll.sum(), nll.numel()], device=self.rt.device)
-        nats, num_tokens = self.rt.all_reduce(sums).tolist()
-        return nats / num_tokens
+            tokens = tokens.to(self.rt.device)
+            sums[0] += self.swa.module(tokens[:, :-1], tokens[:, 1:]).sum()
+            sums[1] += tokens[:, 1:].numel()
+        return (self.rt.all_reduce(sums)[0] / sums[1]).item()
 
     def finish(self, path: Path) -> tuple[Trained, str]:
         """Write and return the last or the averaged weights, whichever lose less on training tokens once quantized."""
@@ -1310,8 +1311,7 @@ class Trainer:
     def log_step(self, loss: float, grad_norm: float, lr_scale: float) -> None:
         """Log the step now and then; raise FloatingPointError for a loss or gradient that is not finite."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            remedy = "Try a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR, or COMPUTE_DTYPE=float32"
-            raise FloatingPointError(f"step {self.step}: loss {loss}, gradient norm {grad_norm}. {remedy}")
+            raise FloatingPointError(f"step {self.step}: loss {loss}, gradient norm {grad_norm}. Try a lower MATRIX_LR")
         if self.step <= 5 or self.step % self.cfg.train_log_every == 0 or self.step == self.cfg.iterations:
             line = f"step:{self.step}/{self.cfg.iterations} train_loss:{loss:.8f} lr_scale:{lr_scale:.4f}"
             line += f" grad_norm:{grad_norm:.4f} train_time:{1000 * self.elapsed:.0f}ms"

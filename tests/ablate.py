@@ -1,16 +1,14 @@
-"""Paired runs of recipes on the proxies, and their table: `python tests/ablate.py --data DIR --tokenizer FILE`.
+"""What changes of the recipe are worth on CPU proxies: paired runs, one thread each, and their table.
 
-Each run is `train_gpt.py` as a user would start it, on one thread, in a scratch folder. A finished run is one line of
-the results file (logs/ablations-2.jsonl), so the script goes on where it was stopped; `--table` only prints the table,
-`--write` puts it into logs/ABLATIONS.md, `--only REGEX` runs what matches "recipe proxy seed", such as '^default long'.
+    python tests/ablate.py --data DIR --tokenizer FILE                  run what is missing
+    python tests/ablate.py --data DIR --tokenizer FILE --only screen    ... of the rows that match
+    python tests/ablate.py --data DIR --tokenizer FILE --time small     time of a step over pr314's, for STEP_TIME
+    python tests/ablate.py --write                                      put the table into logs/ABLATIONS.md
 
-Ideas that were not kept have no knob: `edits` makes them on a copy of the script. Changes of model and optimizer are
-screened in short runs whose default has no value residual, which is one of the changes. The default gets the script's
-bytes plus 0.572 bytes per parameter, the ratio of the full-size budget; on the large proxy 0.555, less than pr314
-takes, which gets as many as it needs. `noqat` (last weights) and `noqat_swa` (averaged ones) never fake-quantize: the
-better of their float scores is what the quantization gap of recipes with the same model is counted from. The rows of
-logs/ablations.jsonl are of the first edition (commit e735e01 and before), which read its data in file order; today's go
-into logs/ablations-2.jsonl."""
+Recipes are compared at the same bytes of model (pr314 gets what its fixed bits take) and the same time: each has as
+many steps as take the time of pr314's. A finished run is a line of logs/ablations-2.jsonl, so the script continues
+where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +20,39 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from tools import write_shard
+import torch
+from tools import SilentRuntime, t, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
-    "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0, "TRAIN_SEQ_LEN": 256, "TRAIN_BATCH_TOKENS": 8192, "NUM_LAYERS": 11,
-    "MUON_MOMENTUM_WARMUP_STEPS": 300, "SWA_EVERY": 20, "BIGRAM_DIM": 64, "VAL_LOSS_EVERY": 0, "EVAL_FLOAT": 1,
-    "COMPILE": 1, "TRAIN_LOG_EVERY": 10,
+    "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0, "TRAIN_SEQ_LEN": 256, "TRAIN_BATCH_TOKENS": 4096, "NUM_LAYERS": 11,
+    "MUON_MOMENTUM_WARMUP_STEPS": 150, "SWA_EVERY": 10, "BIGRAM_DIM": 64, "VAL_LOSS_EVERY": 0, "EVAL_FLOAT": 1,
+    "COMPILE": 1, "TRAIN_LOG_EVERY": 10, "EVAL_BATCH_SEQS": 16, "NUM_HEADS": 2, "NUM_KV_HEADS": 1,
+    "BIGRAM_VOCAB_SIZE": 2048,
 }  # fmt: skip
-PROXIES: dict[str, dict[str, Any]] = {
-    "small": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 1000, "WARMDOWN_ITERS": 400},
-    "long": {"MODEL_DIM": 64, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "BIGRAM_VOCAB_SIZE": 2048, "ITERATIONS": 3000,
-             "WARMDOWN_ITERS": 1200},
-    "large": {"MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "ITERATIONS": 500, "WARMDOWN_ITERS": 200},
-    "screen": {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 200, "WARMDOWN_ITERS": 80,
-               "EVAL_STRIDE": 0, "VALUE_RESIDUAL": 0},
-}  # fmt: skip
-MODEL_BYTES = {"small": 1385992, "long": 348595, "large": 4126312, "screen": 1385992}  # of the default
+PROXIES: dict[str, dict[str, Any]] = {  # ITERATIONS: those of pr314
+    "small": {"MODEL_DIM": 128, "BIGRAM_VOCAB_SIZE": 10240, "ITERATIONS": 500},
+    "long": {"MODEL_DIM": 64, "ITERATIONS": 1500},
+    "large": {"MODEL_DIM": 256, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "BIGRAM_VOCAB_SIZE": 10240, "ITERATIONS": 250},
+    "tokens": {"MODEL_DIM": 32, "BIGRAM_VOCAB_SIZE": 512, "BIGRAM_DIM": 32, "ITERATIONS": 6700},
+    "screen": {"MODEL_DIM": 64, "ITERATIONS": 600, "TRAIN_BATCH_TOKENS": 2048, "EVAL_STRIDE": 0},
+}
+MODEL_BYTES = {"small": 1385992, "long": 348595, "large": 4126312, "tokens": 80000, "screen": 348595}  # not of pr314
+# Time of a step over pr314's (`--time`), by which a recipe has fewer steps; the screen's rows have equal steps.
+STEP_TIME: dict[str, dict[str, float]] = {
+    "default": {},
+    "full_size": {},
+    "e735e01": {"small": 1.04, "long": 1.04, "large": 1.04},  # measured with its own tests/bench.py
+}
+QUARTER = "quarter"  # of a head's dimensions
 Edits = list[tuple[str, str]]  # (text that occurs in the script, what stands there instead)
 
 
@@ -54,6 +61,8 @@ class Recipe(NamedTuple):
 
     settings: dict[str, Any]
     edits: Edits = []
+    warmdown: float = 0.4  # share of the steps
+    commit: str = ""  # whose script runs instead of today's
 
 
 EMA_OF = "torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)"
@@ -72,71 +81,55 @@ ATTENTION_GATE = [  # per head, from 12 channels of the layer's input
         "        return self.out_proj(out.reshape(x.shape)), v",
     ),
 ]
-PARTIAL_ROPE = [  # a quarter of the head's dimensions
-    ("    a, b = x.chunk(2, dim=-1)\n", "    n = 2 * rotary.size(-1)\n    a, b = x[..., :n].chunk(2, dim=-1)\n"),
-    ("b * cos - a * sin), dim=-1)", "b * cos - a * sin, x[..., n:]), dim=-1)"),
-    ("        frequencies = cfg", "        head_dim = head_dim // 4\n        frequencies = cfg"),
-]
-DEPTH_NORM = [
-    (
-        "        self.attn = CausalSelfAttention",
-        "        self.depth = (index + 1) ** -0.5\n        self.attn = CausalSelfAttention",
-    ),
-    ("self.attn(norm(x), rotary", "self.attn(norm(x) * self.depth, rotary"),
-    ("self.mlp(norm(x))", "self.mlp(norm(x) * self.depth)"),
-]
 DOCUMENT_STARTS = [  # bigram and smear do not look across a bos token (id 1 in the challenge's tokenizer)
     (
-        "        return F.pad(pairs % (self.buckets - 1)",
+        "        buckets = F.pad(pairs % (self.buckets - 1)",
         "        starts = ids[:, 1:] == 1\n"
         "        pairs = (pairs % (self.buckets - 1)).masked_fill(starts, self.buckets - 1)\n"
-        "        return F.pad(pairs",
+        "        buckets = F.pad(pairs",
     ),
     (
         "gate = torch.sigmoid(self.smear_gate).to(x.dtype)\n",
         "gate = torch.sigmoid(self.smear_gate).to(x.dtype) * (input_ids != 1).unsqueeze(-1).to(x.dtype)\n",
     ),
 ]
+SMALL = {"RECIPE": "small"}
+WEIGHT_DECAY = {"WEIGHT_DECAY": 0.09, "SCALAR_WEIGHT_DECAY": 0.02}
+RATES = {"MATRIX_LR": 0.028, "SCALAR_LR": 0.028, "TIED_EMBED_LR": 0.042}
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe({}),
-    "file_order": Recipe({"SEQUENCE_ORDER": "file"}),
-    "pr314": Recipe({"RECIPE": "pr314"}),
+    "default": Recipe(SMALL),
+    "full_size": Recipe({"ROPE_DIMS": QUARTER}, warmdown=0.6),
+    "e735e01": Recipe({}, commit="e735e01"),
     "pr314_spread": Recipe({"RECIPE": "pr314", "SEQUENCE_ORDER": "spread"}),
-    "noqat": Recipe({"QAT_START_FRAC": 1, "SWA_ENABLED": 0}),
-    "noqat_swa": Recipe({"QAT_START_FRAC": 1, "SWA_ALWAYS": 1}),
-    "qat_0.95": Recipe({"QAT_START_FRAC": 0.95}),
-    "qat_growing": Recipe({}),
-    "average_never": Recipe({"SWA_ENABLED": 0}),
-    "average_always": Recipe({"SWA_ALWAYS": 1}),
-    "average_kept": Recipe({"SWA_ALWAYS": 1}, KEEP_AVERAGE),
-    "average_quantized": Recipe({"SWA_ALWAYS": 1}),
-    "ema": Recipe({"SWA_ALWAYS": 1}, EMA),
-    "nearest": Recipe({}),
-    "qat_0.8": Recipe({"QAT_START_FRAC": 0.8}),
-    "qat_0.7": Recipe({"QAT_START_FRAC": 0.7}),
-    "qat_0.5": Recipe({"QAT_START_FRAC": 0.5}),
-    "qat_0": Recipe({"QAT_START_FRAC": 0}),
-    "relu": Recipe({"RELU_SLOPE": 0}),
-    "no_xsa": Recipe({"XSA_LAYERS": 0}),
-    "no_muon_eq": Recipe({"MUON_EQ": 0}),
-    "momentum_kept": Recipe({"MUON_MOMENTUM_END": 0.99}),
-    "gain_4": Recipe({"QK_GAIN_INIT": 4}),
-    "value_residual": Recipe({"VALUE_RESIDUAL": 1}),
-    "no_value_residual": Recipe({"VALUE_RESIDUAL": 0}),
-    "attention_gate": Recipe({}, ATTENTION_GATE),
-    "partial_rope": Recipe({}, PARTIAL_ROPE),
-    "depth_norm": Recipe({}, DEPTH_NORM),
-    "document_starts": Recipe({}, DOCUMENT_STARTS),
-}  # fmt: skip
-FIRST_EDITION_ONLY = ("qat_growing", "average_quantized", "nearest")  # rows whose edits have nothing to edit any more
-SAME_MODEL = RECIPES.keys() - {"qat_0.8", "qat_0.7", "qat_0.5", "qat_0", "file_order",
-    "pr314", "pr314_spread", "relu", "no_xsa", "value_residual", "no_value_residual",
-                               "attention_gate", "partial_rope", "depth_norm", "document_starts"}  # fmt: skip
-MAIN = ("default", "file_order", "pr314", "pr314_spread")
-ORDER = [(r, p, s) for s in (42, 43) for r in MAIN for p in ("small", "long")]
-ORDER += [(r, "large", 42) for r in MAIN]
-ORDER += [(r, "screen", 42) for r in RECIPES if r not in FIRST_EDITION_ONLY]
-ORDER.remove(("no_value_residual", "screen", 42))  # the screen's default
+    "file_order": Recipe({**SMALL, "SEQUENCE_ORDER": "file"}),
+    "mlp_3x": Recipe({**SMALL, "MLP_MULT": 3}),
+    # the screen: one change each
+    "xsa_0": Recipe({**SMALL, "XSA_LAYERS": 0}),
+    "xsa_4": Recipe({**SMALL, "XSA_LAYERS": 4}),
+    "no_value_residual": Recipe({**SMALL, "VALUE_RESIDUAL": 0}),
+    "no_muon_eq": Recipe({**SMALL, "MUON_EQ": 0}),
+    "momentum_kept": Recipe({**SMALL, "MUON_MOMENTUM_END": 0.99}),
+    "gain_5": Recipe({**SMALL, "QK_GAIN_INIT": 5}),
+    "rope_quarter": Recipe({**SMALL, "ROPE_DIMS": QUARTER}),
+    "ln_scale": Recipe({**SMALL, "LN_SCALE": 1}),
+    "relu": Recipe({**SMALL, "RELU_SLOPE": 0}),
+    "average_always": Recipe({**SMALL, "SWA_ALWAYS": 1}),
+    "warmdown_0.6": Recipe(SMALL, warmdown=0.6),
+    "weight_decay": Recipe(SMALL | WEIGHT_DECAY),
+    "package": Recipe({**SMALL, **WEIGHT_DECAY, **RATES, "QK_GAIN_INIT": 5}, warmdown=0.6),
+    # changes of the script
+    "ema": Recipe({**SMALL, "SWA_ALWAYS": 1}, EMA),
+    "average_kept": Recipe({**SMALL, "SWA_ALWAYS": 1}, KEEP_AVERAGE),
+    "attention_gate": Recipe(SMALL, ATTENTION_GATE),
+    "document_starts": Recipe(SMALL, DOCUMENT_STARTS),
+}
+REFERENCE, TIMED_STEPS = "pr314_spread", 24
+MAIN = (REFERENCE, "e735e01", "default", "full_size")
+SCREEN = ("default", "xsa_0", "xsa_4", "no_value_residual", "no_muon_eq", "momentum_kept", "gain_5", "rope_quarter",
+          "ln_scale", "relu", "average_always", "warmdown_0.6", "weight_decay", "package", "full_size")  # fmt: skip
+ORDER = [(r, "screen", s) for s in (42, 43) for r in SCREEN]
+ORDER += [(r, p, s) for s in (42, 43) for r in MAIN for p in ("small", "long")]
+ORDER += [(r, "large", 42) for r in MAIN] + [(r, "tokens", 42) for r in ("default", "pr314_spread")]
 KEYS = r"(\w+):([-+.,\w]+)"
 
 
@@ -174,19 +167,24 @@ def timed(lines: list[str]) -> tuple[float, int]:
     return last[0] - first[0], last[1] - first[1]
 
 
-def settings_of(recipe: Recipe, proxy: str, seed: int, script: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The environment of a run: proxy, limit, recipe, seed."""
-    limit = len(script.encode()) + MODEL_BYTES[proxy]
-    if "RECIPE" in recipe.settings:
-        limit = 16_000_000
-    return {
-        **COMMON, **PROXIES[proxy], "ARTIFACT_LIMIT_BYTES": limit, **recipe.settings, "SEED": seed, "DATA_PATH": "data",
-        "TOKENIZER_PATH": Path(args.tokenizer).resolve(), "RUN_ID": "run",
-    }  # fmt: skip
+def settings_of(name: str, proxy: str, seed: int, script: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The environment of a run: proxy, limit, recipe, seed; as many steps as take the time of pr314's."""
+    recipe = RECIPES[name]
+    settings = COMMON | PROXIES[proxy] | recipe.settings
+    settings["ITERATIONS"] = round(settings["ITERATIONS"] / STEP_TIME.get(name, {}).get(proxy, 1))
+    settings["WARMDOWN_ITERS"] = round(recipe.warmdown * settings["ITERATIONS"])
+    if settings.get("ROPE_DIMS") == QUARTER:
+        settings["ROPE_DIMS"] = settings["MODEL_DIM"] // settings["NUM_HEADS"] // 4
+    fixed_bits = settings.get("RECIPE") == "pr314"
+    settings["ARTIFACT_LIMIT_BYTES"] = 16_000_000 if fixed_bits else len(script.encode()) + MODEL_BYTES[proxy]
+    paths = {"DATA_PATH": "data", "TOKENIZER_PATH": Path(args.tokenizer).resolve(), "RUN_ID": "run"}
+    return settings | {"SEED": seed} | paths
 
 
 def edited_script(name: str, script: str) -> str:
     """The script with a recipe's edits; AssertionError where one does not fit it any more."""
+    if commit := RECIPES[name].commit:
+        return subprocess.check_output(["git", "show", f"{commit}:train_gpt.py"], cwd=ROOT, text=True)
     for old, new in RECIPES[name].edits:
         assert script.count(old) == 1, f"{name}: the script has no {old!r}, or several: bring the edit up to date"
         script = script.replace(old, new)
@@ -207,7 +205,7 @@ def edited_module(name: str, folder: Path) -> ModuleType:
 def one_run(name: str, proxy: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Run the script and read the figures from its console output."""
     script = edited_script(name, args.script.read_text())
-    settings = settings_of(RECIPES[name], proxy, seed, script, args)
+    settings = settings_of(name, proxy, seed, script, args)
     with tempfile.TemporaryDirectory() as folder:
         lines = start(script, Path(folder), settings, args)
     milliseconds, steps = timed(lines)
@@ -215,27 +213,51 @@ def one_run(name: str, proxy: str, seed: int, args: argparse.Namespace) -> dict[
         "recipe": name, "proxy": proxy, "seed": seed, "params": int(pairs(lines, "model params")["params"]),
         "final_bpb": float(pairs(lines, "final_sliding")["val_bpb"]),
         "float_bpb": float(pairs(lines, "float_sliding")["val_bpb"]),
-        "model_bytes": int(pairs(lines, "artifact path")["model_bytes"]),
-        "bits": {kind: pairs(lines, f"artifact category:{kind}")["bits_per_weight"] for kind in ("mlp", "attn")},
-        "step_ms": milliseconds / steps, "weights": pairs(lines, "export weights")["weights"],
+        "model_bytes": int(pairs([line for line in lines if "model_bytes" in line], "artifact")["model_bytes"]),
+        "mlp_bits": pairs(lines, "artifact category:mlp").get("bits_per_weight", ""),
+        "step_ms": milliseconds / steps, "export": next(line for line in lines if line.startswith("export weights")),
         "settings": {k: v for k, v in settings.items() if "PATH" not in k},
     }  # fmt: skip
 
 
+def step_times(proxy: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a compiled training step of today's recipes, one thread, medians of steps taken in turn."""
+    torch.set_num_threads(1)
+    trainers = {}
+    for name in (REFERENCE, "default", "full_size"):
+        settings = settings_of(name, proxy, 42, "", args) | {"DATA_PATH": args.data}
+        cfg = t.load_config({key: str(value) for key, value in settings.items()})[0]
+        rt = SilentRuntime(0, 1, True)
+        model = t.GPT(cfg, torch.float32)
+        model.init_weights()
+        trainer = trainers[name] = t.Trainer(model, t.Data(cfg, rt), cfg, rt)
+        if cfg.qat_start_frac == 0:
+            trainer.start_qat()
+        trainer.train_step(1.0)  # compiles
+    found: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(TIMED_STEPS):
+        for name, trainer in trainers.items():
+            begun = time.perf_counter()
+            trainer.train_step(1.0)
+            found[name].append(time.perf_counter() - begun)
+    return {name: median(seconds) for name, seconds in found.items()}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean, deviation and the paired differences per proxy and recipe, in Markdown."""
+    """Mean, deviation and the differences of runs with the same seed, per proxy and recipe, in Markdown."""
     found = {(r["recipe"], r["proxy"], r["seed"]): r for r in rows}
-    heads = ("proxy", "recipe", "seeds", "float bpb", "final bpb", "std", "against pr314", "against default",
-             "gap to noqat", "model bytes", "ms a step")  # fmt: skip
+    heads = ("proxy", "recipe", "seeds", "steps", "float bpb", "final bpb", "std", f"against {REFERENCE}",
+             "against default", "MLP bits", "model bytes")  # fmt: skip
     out = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
 
-    def against(runs: list[dict[str, Any]], *others: str, field: str = "final_bpb") -> str:
-        """Mean difference of the final bpb from the best of the others with the same seed, where they are there."""
-        keys = [[k for o in others if (k := (o, r["proxy"], r["seed"])) in found] for r in runs]
-        best = [min((found[k][field] for k in same_seed), default=None) for same_seed in keys]
-        differences = [r["final_bpb"] - b for r, b in zip(runs, best, strict=True) if b is not None]
-        count = f" ({len(differences)} of {len(runs)})" if 0 < len(differences) < len(runs) else ""
-        return f"{mean(differences):+.4f}{count}" if differences and [*others] != [runs[0]["recipe"]] else ""
+    def against(runs: list[dict[str, Any]], other: str) -> str:
+        """Differences of the final bpb from another recipe's with the same seed, and their mean."""
+        keys = [(other, r["proxy"], r["seed"]) for r in runs]
+        differences = [r["final_bpb"] - found[k]["final_bpb"] for r, k in zip(runs, keys, strict=True) if k in found]
+        if not differences or runs[0]["recipe"] == other:
+            return ""
+        by_seed = f" ({', '.join(f'{d:+.4f}' for d in differences)})" if len(differences) > 1 else ""
+        return f"{mean(differences):+.4f}{by_seed}"
 
     for proxy in PROXIES:
         for recipe in RECIPES:
@@ -243,13 +265,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             if not runs:
                 continue
             bpb = [r["final_bpb"] for r in runs]
-            cells = [proxy, recipe, ", ".join(str(r["seed"]) for r in runs),
+            cells = [proxy, recipe, ", ".join(str(r["seed"]) for r in runs), str(runs[0]["settings"]["ITERATIONS"]),
                      f"{mean(r['float_bpb'] for r in runs):.4f}", f"{mean(bpb):.4f}",
-                     f"{stdev(bpb):.4f}" if len(bpb) > 1 else "", against(runs, "pr314"),
-                     against(runs, "default"),
-                     against(runs, "noqat", "noqat_swa", field="float_bpb") if recipe in SAME_MODEL else "",
-                     f"{mean(r['model_bytes'] for r in runs):.0f}",
-                     f"{mean(r['step_ms'] for r in runs):.0f}"]  # fmt: skip
+                     f"{stdev(bpb):.4f}" if len(bpb) > 1 else "", against(runs, REFERENCE),
+                     against(runs, "default"), str(runs[0]["mlp_bits"]),
+                     f"{mean(r['model_bytes'] for r in runs):.0f}"]  # fmt: skip
             out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 
@@ -264,11 +284,17 @@ def main() -> int:
     parser.add_argument("--val-tokens", type=int, default=131073, help="how much of the validation split is scored")
     parser.add_argument("--only", default="", help='regular expression: run only what matches "recipe proxy seed"')
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--time", choices=list(PROXIES), help="only time steps; nothing else may run")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--write", action="store_true", help="run nothing; put the table into logs/ABLATIONS.md")
     args = parser.parse_args()
     if not (args.table or args.write or (args.data and args.tokenizer)):
         parser.error("--data and --tokenizer say what to train on; --table and --write need neither")
+    if args.time:
+        seconds = step_times(args.time, args)
+        for name, value in seconds.items():
+            print(f"{args.time} {name} {1000 * value:.0f} ms, {value / seconds[REFERENCE]:.3f} of {REFERENCE}")
+        return 0
     lines = args.results.read_text().splitlines() if args.results.is_file() else []
     rows = [json.loads(line) for line in lines]
     done = {(r["recipe"], r["proxy"], r["seed"]) for r in rows}
@@ -292,7 +318,7 @@ def main() -> int:
     print(table(rows))
     if args.write:
         page = ROOT / "logs" / "ABLATIONS.md"
-        before, after = re.split(r"(?<=<!-- table 2 -->\n)(?:.|\n)*(?=\n<!-- /table 2 -->)", page.read_text("utf-8"))
+        before, after = re.split(r"(?<=<!-- table -->\n)(?:.|\n)*(?=\n<!-- /table -->)", page.read_text("utf-8"))
         page.write_text(before + table(rows) + after, encoding="utf-8")
     return 0
 

@@ -46,12 +46,12 @@ def check_model(cfg: t.Config, flash3: bool) -> t.GPT:
 
 
 def check_grids(model: t.GPT, cfg: t.Config) -> None:
-    """Fixed and planned grids; the steps of the latter are on the CPU, since they are the same on all ranks."""
+    """Grids of the least error, whose scales are on the CPU, since they are the same on all ranks."""
     layer = model.get_submodule("blocks.0.mlp.up_proj")
     assert isinstance(layer, t.CastedLinear) and layer.rounded is not None
     print("fake quantization", described(layer.rounded))
-    costs = {name: torch.ones(len(p)) for name, p in model.named_parameters() if t.category(name) != "small"}
-    plan = t.grids_of_step(0.01, costs, {}, cfg)
+    matrices = {name: p.detach() for name, p in model.named_parameters() if t.category(name) != "small"}
+    plan = {name: t.Grid(4, t.finest_scales(weight, 4)) for name, weight in matrices.items()}
     model.refresh({name: grid for name, grid in plan.items() if t.category(name) == "mlp"})
     codes, scale = plan["blocks.0.mlp.up_proj.weight"].quantize(layer.weight.detach())
     assert (codes.dtype, scale.dtype) == (torch.int8, torch.float16) and codes.device == scale.device

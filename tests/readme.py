@@ -22,20 +22,21 @@ def shown(value: object) -> str:
 def page() -> str:
     """The page in Markdown."""
     presets = {}
-    for (name, _), preset in train_gpt.PRESETS.items():
-        presets[name] = dict(word.split("=") for word in preset.split())
+    for condition, preset in train_gpt.PRESETS.items():
+        presets[condition] = dict(word.split("=") for word in preset.split())
     rows = [
         "# All variables",
         "",
         "Made by `python tests/readme.py --write` from the fields of `Config`. The environment has precedence over "
-        "`DEMO=1`, that over `RECIPE=pr314`, that over the default.",
+        "`DEMO=1`, that over `RECIPE`, that over the default.",
         "",
-        "| variable | default | with `DEMO=1` | with `RECIPE=pr314` | allowed | meaning |",
-        "|---|---|---|---|---|---|",
+        "| variable | default | with `DEMO=1` | with `RECIPE=small` | with `RECIPE=pr314` | allowed | meaning |",
+        "|---|---|---|---|---|---|---|",
     ]
     for field in dataclasses.fields(train_gpt.Config):
         name = field.name.upper()
-        values = [shown(field.default), shown(presets["DEMO"].get(name, "")), shown(presets["RECIPE"].get(name, ""))]
+        keys = (("DEMO", "1"), ("RECIPE", "small"), ("RECIPE", "pr314"))
+        values = [shown(field.default), *(shown(presets[key].get(name, "")) for key in keys)]
         allowed = " and ".join(bound.removeprefix("= ") for bound in field.metadata["bounds"])
         rows.append(f"| `{name}` | {' | '.join(values)} | {allowed} | {field.metadata['meaning']} |")
     return "\n".join(rows) + "\n"

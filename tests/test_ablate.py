@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -10,15 +11,15 @@ from typing import Any
 
 import ablate
 import pytest
+import quantized
 import torch
-import versions
-from tools import ROOT, SIZES
+from tools import ROOT, SIZES, t
 
 
 def row(recipe: str, seed: int, final: float, floating: float) -> dict[str, Any]:
     """A finished run."""
     return {"recipe": recipe, "proxy": "small", "seed": seed, "final_bpb": final, "float_bpb": floating,
-            "model_bytes": 1000, "step_ms": 10.0}  # fmt: skip
+            "model_bytes": 1000, "mlp_bits": "3.5", "settings": {"ITERATIONS": 500}}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in ablate.RECIPES.items() if recipe.edits])
@@ -35,14 +36,26 @@ def test_edited_scripts_train(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_table_pairs_seeds() -> None:
-    """Differences are between runs of one seed; the gap counts from the better of the two float references."""
-    rows = [row("default", 1, 2.0, 1.99), row("default", 2, 2.2, 2.19), row("pr314", 2, 2.5, 2.4),
-            row("noqat", 1, 9.0, 1.995), row("noqat_swa", 1, 9.0, 1.97)]  # fmt: skip
+    """Differences are between runs of one seed, and shown for each."""
+    rows = [row("default", 1, 2.0, 1.99), row("default", 2, 2.2, 2.19), row("pr314_spread", 2, 2.5, 2.4),
+            row("xsa_0", 1, 2.1, 2.1), row("xsa_0", 2, 2.25, 2.1)]  # fmt: skip
     lines = ablate.table(rows).splitlines()
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    assert cells == ["small", "default", "1, 2", "2.0900", "2.1000", "0.1414", "-0.3000 (1 of 2)", "",
-                     "+0.0300 (1 of 2)", "1000", "10"]  # fmt: skip
-    assert "+0.3000" in lines[3]
+    assert cells == ["small", "default", "1, 2", "500", "2.0900", "2.1000", "0.1414", "-0.3000", "", "3.5", "1000"]
+    assert "| +0.3000 |" in lines[3] and "| -0.2500 | +0.0750 (+0.1000, +0.0500) |" in lines[4]
+
+
+def test_equal_time_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slower step means fewer steps, the warmdown is a share of them; the same bytes are left to the model."""
+    monkeypatch.setitem(ablate.STEP_TIME, "full_size", {"small": 1.25})
+    args = argparse.Namespace(tokenizer="t")
+    full, pr314 = (ablate.settings_of(name, "small", 1, "x" * 100, args) for name in ("full_size", "pr314_spread"))
+    assert (full["ITERATIONS"], full["WARMDOWN_ITERS"], pr314["ITERATIONS"]) == (400, 240, 500)
+    assert full["ARTIFACT_LIMIT_BYTES"] == 100 + ablate.MODEL_BYTES["small"] and full["ROPE_DIMS"] == 16
+    for name in ablate.RECIPES.keys() - {"e735e01"}:
+        settings = ablate.settings_of(name, "screen", 1, "", args)
+        cfg, warnings = t.load_config({key: str(value) for key, value in settings.items()})
+        assert cfg.iterations == 600 and not warnings
 
 
 def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,35 +66,23 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fake(name: str, proxy: str, seed: int, _: Any) -> dict[str, Any]:
         """A run without training."""
         calls.append((name, proxy, seed))
-        if name == "pr314":
+        if name == "pr314_spread":
             raise RuntimeError("no memory")
         return row(name, seed, 2.1, 2.0)
 
     monkeypatch.setattr(ablate, "one_run", fake)
     monkeypatch.setattr(sys, "argv", ["ablate", "--data", "d", "--tokenizer", "t", "--results", str(results),
-                                      "--only", "^(default|pr314|file_order) small 42"])  # fmt: skip
+                                      "--only", "^(default|pr314_spread|e735e01) small 42"])  # fmt: skip
     assert ablate.main() == 0
-    assert set(calls) == {("pr314", "small", 42), ("file_order", "small", 42)}
-    assert [json.loads(line)["recipe"] for line in results.read_text().splitlines()] == ["default", "file_order"]
-
-
-def test_table_of_versions() -> None:
-    """Differences are between runs of one seed, and the page shows what the results hold."""
-    keys = (("old", 1, 2.0), ("old", 2, 2.2), ("file", 2, 2.1))
-    rows = [{"proxy": "small", "version": version, "seed": seed, "bpb": bpb} for version, seed, bpb in keys]
-    assert versions.table(rows).splitlines()[2:] == [
-        "| small | old | 1, 2 | 2.0000, 2.2000 | 2.1000 |  |",
-        "| small | file | 2 | 2.1000 | 2.1000 | -0.1000 |",
-    ]
-    rows = [json.loads(line) for line in (ROOT / "logs" / "versions.jsonl").read_text().splitlines()]
-    assert versions.table(rows) in (ROOT / "logs" / "ABLATIONS.md").read_text(encoding="utf-8")
+    assert set(calls) == {("pr314_spread", "small", 42), ("e735e01", "small", 42)}
+    assert [json.loads(line)["recipe"] for line in results.read_text().splitlines()] == ["default", "e735e01"]
 
 
 def test_ablations_page_has_the_table() -> None:
-    """logs/ABLATIONS.md shows what the results of both editions hold."""
+    """logs/ABLATIONS.md shows what the results hold."""
     page = (ROOT / "logs" / "ABLATIONS.md").read_text(encoding="utf-8")
-    for name, mark in (("ablations.jsonl", "table"), ("ablations-2.jsonl", "table 2")):
-        results = ROOT / "logs" / name
+    for name, mark, table in (("ablations-2", "table", ablate.table), ("quantized", "quantized", quantized.table)):
+        results = ROOT / "logs" / f"{name}.jsonl"
         if results.is_file():
             rows = [json.loads(line) for line in results.read_text().splitlines()]
-            assert page.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip() == ablate.table(rows)
+            assert page.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip() == table(rows)

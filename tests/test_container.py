@@ -33,7 +33,7 @@ def write(path: Path, **changes: Any) -> tuple[t.Config, dict[str, t.Stored]]:
 
 def opened(content: bytes) -> tuple[dict[str, Any], bytes]:
     """(header, streams behind it) of an artifact, by the description of the format."""
-    assert content[:8] == b"PGPT\3\0\0\0"
+    assert content[:8] == b"PGPT\4\0\0\0"
     payload = zstandard.ZstdDecompressor().decompress(content[8:])
     (size,) = struct.unpack_from("<I", payload)
     return json.loads(payload[4 : 4 + size]), payload[4 + size :]
@@ -225,7 +225,7 @@ def test_payload_that_is_cut_or_too_long(tmp_path: Path) -> None:
 
 def test_foreign_missing_and_other_version(tmp_path: Path) -> None:
     """Each has its own message."""
-    for content in (b"PK\3\4 something", b"", b"PGPT\1\0\0\0rest", b"PGPT\2\0\0\0rest", b"PGPT\4\0\0\0rest"):
+    for content in (b"PK\3\4 something", b"", b"PGPT\1\0\0\0rest", b"PGPT\3\0\0\0rest", b"PGPT\5\0\0\0rest"):
         (tmp_path / "x.ptz").write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.ptz is not an artifact of this script, or of another version"):
             load_artifact(tmp_path / "x.ptz", config(), runtime())

@@ -168,9 +168,8 @@ def test_trained_grids_are_exported(whole: Run) -> None:
     _, stored, _ = t.decode_artifact((whole[0] / "logs/x.ptz").read_bytes(), "x.ptz", config(**FULL))
     assert len(trained["grids"]) == 4
     for name, values_of_grid in trained["grids"].items():
-        grid = t.Grid(*values_of_grid)
-        scale = stored[name].scale
-        assert scale is not None and grid.row_scales(trained["weights"][name]).equal(scale.float())
+        scale = t.Grid(*values_of_grid).quantize(trained["weights"][name]).scale
+        assert scale is not None and scale.equal(stored[name].scale)
 
 
 @pytest.mark.parametrize("newest", [11, 12])
@@ -258,7 +257,7 @@ def test_weights_without_costs_can_be_exported(tmp_path: Path) -> None:
         assert cli(tmp_path, changes).code == -9
     done = cli(tmp_path, changes, resume=1)
     assert done.code == 0 and not values(done.out, "train_loss"), done
-    assert 0.98 * FULL_MODEL_BYTES < values(done.out, "model_bytes")[-1] <= FULL_MODEL_BYTES
+    assert 0.97 * FULL_MODEL_BYTES < values(done.out, "model_bytes")[-1] <= FULL_MODEL_BYTES
 
 
 def test_weights_beside_damaged_checkpoints(whole: Run, tmp_path: Path) -> None:
@@ -290,7 +289,7 @@ def test_other_config_is_refused(late: Path, tmp_path: Path) -> None:
     copied(late, tmp_path)
     done = cli(tmp_path, FULL, resume=1, matrix_lr=0.5, seed=7)
     assert done.code == 2 and "x.000000012.ckpt is of another config" in done.err, done
-    listed = ("MATRIX_LR=0.02 there, 0.5 now", "SEED=42 there, 7 now", "; set them back or choose another RUN_ID")
+    listed = ("MATRIX_LR=0.028 there, 0.5 now", "SEED=42 there, 7 now", "; set them back or choose another RUN_ID")
     assert all(words in done.err for words in listed), done.err
     assert "ITERATIONS" not in done.err and not values(done.out, "train_loss")
     assert names(tmp_path) == names(late)
@@ -713,7 +712,7 @@ def test_dry_run_checks_the_checkpoint(late: Path, tmp_path: Path) -> None:
     done = cli(tmp_path, FULL, resume=1, dry_run=1)
     assert done.code == 0 and "resume checkpoint:" in done.out and done.out.endswith("the run can start\n"), done
     done = cli(tmp_path, FULL, resume=1, dry_run=1, matrix_lr=0.5)
-    assert done.code == 2 and "MATRIX_LR=0.02 there, 0.5 now" in done.err, done
+    assert done.code == 2 and "MATRIX_LR=0.028 there, 0.5 now" in done.err, done
     assert names(tmp_path) == sorted([*names(late), "plan-x.txt"])
 
 

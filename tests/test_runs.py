@@ -243,7 +243,7 @@ def test_ranks_train_alike(one_rank: tuple[Path, str], tmp_path: Path, ranks: in
     assert out.count("final_sliding stride") == 1 and names(tmp_path) == ["r.ptz", "r.txt", "r.weights"]
     assert values(out, "artifact_bytes") == pytest.approx(values(expected, "artifact_bytes"), rel=0.004)
     there, here = (weights_of(folder / "logs/r.ptz") for folder in (one_rank[0], tmp_path))
-    assert relative_difference(there, here) < 0.02
+    assert relative_difference(there, here) < 0.04
     again = cli(tmp_path, {"eval_artifact": "logs/r.ptz", "eval_stride": 16})
     assert again.code == 0 and values(again.out, "val_bpb")[-1] == pytest.approx(values(out, "val_bpb")[-1], abs=1e-6)
 

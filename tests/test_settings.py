@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tools import batch, config, model_for, runtime, t
+from tools import ROOT, batch, config, model_for, runtime, t
 
 PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the settings that came later
     "data_path": "./data/datasets/fineweb10B_sp1024",
@@ -26,7 +29,7 @@ PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the setti
     "iterations": 20000,
     "max_wallclock_seconds": 600.0,
     "warmup_steps": 20,
-    "warmdown_frac": 0.36,
+    "warmdown_frac": 0.6,  # later; WARMDOWN_ITERS counts
     "warmdown_iters": 2500,
     "train_batch_tokens": 786432,
     "train_seq_len": 2048,
@@ -49,6 +52,8 @@ PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the setti
     "tie_embeddings": True,
     "tied_embed_init_std": 0.005,
     "rope_base": 10000.0,
+    "rope_dims": 0,
+    "ln_scale": False,
     "logit_softcap": 30.0,
     "qk_gain_init": 1.5,
     "bigram_vocab_size": 10240,
@@ -57,6 +62,7 @@ PR314: dict[str, Any] = {  # what e735e01 made of RECIPE=pr314, and of the setti
     "matrix_lr": 0.02,
     "scalar_lr": 0.02,
     "weight_decay": 0.04,
+    "scalar_weight_decay": 0.04,
     "muon_momentum": 0.99,
     "muon_backend_steps": 5,
     "muon_momentum_warmup_start": 0.92,
@@ -107,9 +113,9 @@ def test_defaults_are_the_submitted_run() -> None:
     """No variable set: the design's defaults."""
     cfg, warnings = t.load_config({})
     assert (cfg.num_layers, cfg.model_dim, cfg.bigram_vocab_size, cfg.iterations) == (11, 512, 10240, 20000)
-    assert cfg.rate_control and (cfg.mlp_bits, cfg.attn_bits, cfg.bigram_bits) == (0, 0, 0)
+    assert cfg.rate_control and (cfg.mlp_bits, cfg.attn_bits, cfg.bigram_bits) == (4, 0, 0)
     assert cfg.sequence_order == "spread" and cfg.artifact_limit_bytes == 16_000_000
-    assert (cfg.warmdown_frac, cfg.warmdown_iters) == (0.36, -1) and cfg.tie_embeddings
+    assert (cfg.warmdown_frac, cfg.warmdown_iters) == (0.6, -1) and cfg.tie_embeddings
     assert cfg.run_id and not warnings
     assert cfg == dataclasses.replace(t.Config(), run_id=cfg.run_id)
 
@@ -121,6 +127,16 @@ def test_recipe_is_that_of_the_first_edition() -> None:
     assert all(type(values[name]) is type(value) for name, value in PR314.items())
 
 
+def test_recipe_of_short_runs() -> None:
+    """RECIPE=small has the demo's values of the recipe, and the default's sizes; the demo has them with and without."""
+    small, demo = (t.load_config({name: value})[0] for name, value in (("RECIPE", "small"), ("DEMO", "1")))
+    assert (small.model_dim, small.iterations, small.artifact_limit_bytes) == (512, 20000, 16_000_000)
+    for name in (word.split("=")[0].lower() for word in t.SMALL.split()):
+        assert getattr(small, name) == getattr(demo, name) != getattr(t.Config, name)
+    assert t.load_config({"DEMO": "1", "RECIPE": "small"})[0].run_id != demo.run_id
+    assert (small.rope_dims, small.ln_scale, small.qk_gain_init) == (0, False, 1.5)
+
+
 def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Environment over DEMO over RECIPE over default."""
     both = {"DEMO": "1", "RECIPE": "pr314"}
@@ -130,9 +146,10 @@ def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
         *(6, 256),  # RECIPE, DEMO
         10240,  # default
     )
-    extended = {key: f"{preset} SEED={len(key[0])}" for key, preset in t.PRESETS.items()}
+    extended = {key: f"{preset} SEED={len(key[0] + key[1])}" for key, preset in t.PRESETS.items()}
     monkeypatch.setattr(t, "PRESETS", extended)
-    for environ, seed in ((both, 4), ({"RECIPE": "pr314"}, 6), (both | {"SEED": "7"}, 7), ({"DEMO": "0"}, 42)):
+    only = {"RECIPE": "pr314"}
+    for environ, seed in ((both, 5), (only, 11), (both | {"SEED": "7"}, 7), ({"DEMO": "0"}, 42)):
         assert t.load_config(environ)[0].seed == seed
 
 
@@ -144,15 +161,17 @@ def test_presets_set_what_they_say(preset: tuple[str, str]) -> None:
     assert words and all(float(values[name.lower()]) == float(x) for name, x in words.items() if x != "file")
 
 
-@pytest.mark.parametrize(("preset", "iters"), [({"RECIPE": "pr314"}, 2500), ({"DEMO": "1"}, 160)])
-def test_warmdown_of_the_presets(preset: dict[str, str], iters: int) -> None:
-    """Both count in steps; WARMDOWN_ITERS=-1 beside them lets WARMDOWN_FRAC count, and says nothing of it."""
-    cfg, warnings = t.load_config(preset)
-    assert cfg.warmdown_iters == iters and not warnings
-    cfg, warnings = t.load_config(preset | {"WARMDOWN_ITERS": "-1", "WARMDOWN_FRAC": "0.5"})
+def test_warmdown_of_the_presets() -> None:
+    """pr314's counts in steps; WARMDOWN_ITERS=-1 beside it lets WARMDOWN_FRAC count, and says nothing of it. The demo's
+    is a share of the run, as the default."""
+    pr314 = {"RECIPE": "pr314"}
+    cfg, warnings = t.load_config(pr314)
+    assert cfg.warmdown_iters == 2500 and not warnings
+    cfg, warnings = t.load_config(pr314 | {"WARMDOWN_ITERS": "-1", "WARMDOWN_FRAC": "0.5"})
     assert (cfg.warmdown_iters, cfg.warmdown_frac) == (-1, 0.5) and not warnings
-    [warning] = t.load_config(preset | {"WARMDOWN_FRAC": "0.5"})[1]
-    assert warning.startswith(f"WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS={iters}: ")
+    [warning] = t.load_config(pr314 | {"WARMDOWN_FRAC": "0.5"})[1]
+    assert warning.startswith("WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS=2500: ")
+    assert t.load_config({"DEMO": "1"})[0].warmdown_iters == -1
 
 
 def test_all_problems_in_one_message() -> None:
@@ -215,7 +234,7 @@ def test_bounds(field: Any, bound: str) -> None:
 
 @pytest.mark.parametrize("name", ["MLP_BITS", "ATTN_BITS", "BIGRAM_BITS"])
 def test_one_bit_is_refused(name: str) -> None:
-    """The largest code would be 0, and so would all weights. 0 means the default; 2 bits are the least."""
+    """The largest code would be 0, and so would all weights; 2 bits are the least."""
     assert vars(t.load_config({name: "2"})[0])[name.lower()] == 2
     assert f"{name}=1" in refusal(**{name: "1"})
 
@@ -439,3 +458,21 @@ def test_problems_of_pairs_beside_others() -> None:
     assert all(f"{name}=" in text for name in ("RECIPE", "SEED", "EVAL_STRIDE", "MODEL_DIM")), text
     text = refusal(NUM_HEADS="0", EVAL_STRIDE="4096")
     assert "NUM_HEADS=0 must be >= 1" in text and "EVAL_STRIDE" not in text
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_slow_fusion_is_off(given: str | None, tmp_path: Path) -> None:
+    """Inductor's mix_order_reduction, unless its own variable says otherwise; Inductor is imported later."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt
+assert "torch._inductor.config" not in sys.modules
+train_gpt.Runtime(train_gpt.load_config({{}})[0])
+from torch._inductor import config
+print(getattr(config.triton, "mix_order_reduction", None))
+"""
+    variable = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"
+    env = {name: value for name, value in os.environ.items() if name != variable} | ({variable: given} if given else {})
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() in (str(given == "1"), "None"), done

@@ -101,7 +101,7 @@ def test_file_that_is_not_named_as_a_shard(tmp_path: Path, name: str) -> None:
     assert t.Data(config(data_path=tmp_path), runtime()).val.total == 200
     for size in (100, 0):
         shard(tmp_path / name, tokens=size)
-        with pytest.raises(ValueError, match=rf"{name} is not named as a shard\..*else move it away"):
+        with pytest.raises(ValueError, match=rf"{name} is no shard by its name: .*move others"):
             t.Data(config(data_path=tmp_path), runtime())
 
 

@@ -160,8 +160,8 @@ def test_files_that_merely_match_are_no_shards(tmp_path: Path, name: str) -> Non
     write_shard(data / f"fineweb_{name}.bin", tokens % 7)
     for stage in ({}, {"dry_run": 1}):
         done = cli(tmp_path, PLAIN | stage, data_path=data)
-        assert done.code == 2 and f"fineweb_{name}.bin is not named as a shard" in done.err, done
-        assert "Data with byte counts cannot be scored" in done.err and "val_bpb" not in done.out
+        assert done.code == 2 and f"fineweb_{name}.bin is no shard by its name" in done.err, done
+        assert "data with byte counts cannot be scored" in done.err and "val_bpb" not in done.out
     (data / f"fineweb_{name}.bin").unlink()
     assert cli(tmp_path, PLAIN, data_path=data).code == 0
 
@@ -278,13 +278,11 @@ NEAREST = {
     "EMA_DECAY": "SWA_ENABLED",
     "EMA_ENABLED": "SWA_ENABLED",
     "MLP_HIDDEN": "MLP_MULT",
-    "ROPE_DIMS": "nothing",
     "LATE_QAT": "QAT_START_FRAC",
     "LATE_QAT_THRESHOLD": "QAT_START_FRAC",
     "QAT_ENABLED": "QAT_START_FRAC",
     "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN",
     "DATA_DIR": "DATA_PATH",
-    "LN_SCALE": "nothing",
     "TTT_ENABLED": "nothing",
     "VE_LAYERS": "nothing",
     "GPTQ_RESERVE_SECONDS": "nothing",
@@ -376,7 +374,7 @@ def test_a_short_run_reaches_the_full_learning_rate(tmp_path: Path) -> None:
     for iterations in (3, 10, 25):
         done = cli(tmp_path, PLAIN, run_id=f"x{iterations}", iterations=iterations, warmdown_iters=None)
         scales = values("\n".join(re.findall("^step:.*", done.out, re.M)), "lr_scale")
-        expected = [min(1.0, (1 - step / iterations) / 0.36) for step in range(iterations)]
+        expected = [min(1.0, (1 - step / iterations) / 0.6) for step in range(iterations)]
         assert done.code == 0 and scales == pytest.approx(expected, abs=1e-4) and "warning" not in done.out, done
 
 
@@ -390,7 +388,7 @@ def test_a_short_run_reaches_the_full_learning_rate(tmp_path: Path) -> None:
         ({"ITERATIONS": "200", "RECIPE": "pr314"}, "WARMDOWN_ITERS=2500 is over ITERATIONS: the full rates"),
         ({"WARMDOWN_FRAC": "0.5", "WARMDOWN_ITERS": "100"}, "WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS=100"),
         ({"WARMDOWN_FRAC": "0.5", "RECIPE": "pr314"}, "WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS=2500"),
-        ({"WARMDOWN_FRAC": "0.5", "DEMO": "1"}, "WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS=160"),
+        ({"WARMDOWN_FRAC": "0.5", "DEMO": "1"}, None),
         ({"WARMDOWN_FRAC": "0.5", "WARMDOWN_ITERS": "-1", "RECIPE": "pr314"}, None),
         ({"ITERATIONS": "200"}, None),
         ({"ITERATIONS": "200", "WARMDOWN_ITERS": "200"}, None),

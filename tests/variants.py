@@ -34,7 +34,7 @@ AIMS = (0.975, 0.9786, 0.98, 0.985, 0.99)  # entropy over the limit
 def config_of(trained: dict[str, Any], **changes: Any) -> t.Config:
     """The run's config, as far as today's script knows it, with free bits."""
     fields = {f.name for f in dataclasses.fields(t.Config)} - {"mlp_bits", "attn_bits", "bigram_bits"}
-    return t.Config(**({k: v for k, v in trained["config"].items() if k in fields} | changes))
+    return t.Config(**({k: v for k, v in trained["config"].items() if k in fields} | {"mlp_bits": 8} | changes))
 
 
 def exponents(trained: dict[str, Any], bits: float, args: argparse.Namespace) -> None:
