@@ -113,7 +113,7 @@ class Config:
     num_kv_heads: int = knob(4, "key/value heads", ">= 1")
     mlp_mult: int = knob(4, "MLP hidden size over MODEL_DIM", ">= 1")
     relu_slope: float = knob(0.5, "slope of the ReLU below zero, before it is squared", ">= 0", "<= 1")
-    xsa_layers: int = knob(11, "last layers with exclusive self-attention (XSA)", ">= 0")
+    xsa_layers: int = knob(11, "last layers with exclusive self-attention, XSA (11: all)", ">= 0")
     value_residual: bool = knob(True, "1: later layers mix the first one's values into their own")
     vocab_size: int = knob(1024, "tokens of the tokenizer", ">= 1", "<= 65536")
     tie_embeddings: bool = knob(True, "1: the output head is the token embedding; there is no other", "= True")
@@ -149,7 +149,7 @@ class Config:
     qat_start_frac: float = knob(0.8, "share of steps or cap done when QAT starts (1 = never)", ">= 0", "<= 1")
     rate_control: bool = knob(True, "1: one step size for all matrices, such that the limit is filled; 0: fixed bits")
     calibration_tokens: int = knob(65536, "training tokens that weigh errors and choose the weights", ">= 1")
-    mlp_bits: int = knob(4, "bits of MLP codes at most", ">= 2", "<= 8")
+    mlp_bits: int = knob(4, "bits of MLP codes at most (8: free)", ">= 2", "<= 8")
     attn_bits: int = knob(0, "bits of attention codes at most (0: 8, without RATE_CONTROL 5)", "= 2 3 4 5 6 7 8")
     bigram_bits: int = knob(0, "bits of bigram codes at most (0: 8, without RATE_CONTROL 5)", "= 2 3 4 5 6 7 8")
     mlp_prune_frac: float = knob(0.0, "share of smallest MLP weights set to zero before export", ">= 0", "< 1")
@@ -166,7 +166,7 @@ MAY_CHANGE_ON_RESUME = """
     val_batch_size eval_float eval_batch_seqs text_files demo
 """.split()
 
-# What runs of minutes measured as better, where full-size runs say otherwise (logs/ABLATIONS.md).
+# RoPE, norms, gain: what short runs say is better (logs/ABLATIONS.md); rates and decay as before.
 SMALL = """
     ROPE_DIMS=0 LN_SCALE=0 QK_GAIN_INIT=1.5 TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WEIGHT_DECAY=0.04
 """
@@ -176,22 +176,22 @@ PR314 = f"""
     SEQUENCE_ORDER=file MLP_MULT=3 VAL_LOSS_EVERY=500 SCALAR_WEIGHT_DECAY=0.04
 """
 DEMO = f"""
-    {SMALL} ITERATIONS=260 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 SWA_EVERY=5 EVAL_FLOAT=1 ARTIFACT_LIMIT_BYTES=980000
-    TRAIN_BATCH_TOKENS=2048 TRAIN_SEQ_LEN=256 VAL_BATCH_SIZE=16384 VAL_LOSS_EVERY=100 NUM_LAYERS=6 MODEL_DIM=128
-    NUM_HEADS=4 NUM_KV_HEADS=2 BIGRAM_DIM=64 TRAIN_LOG_EVERY=20 MUON_MOMENTUM_WARMUP_STEPS=150 CALIBRATION_TOKENS=16384
+    {SMALL} ITERATIONS=260 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_ITERS=-1 SWA_EVERY=5 EVAL_FLOAT=1
+    ARTIFACT_LIMIT_BYTES=980000 TRAIN_BATCH_TOKENS=2048 TRAIN_SEQ_LEN=256 VAL_BATCH_SIZE=16384 VAL_LOSS_EVERY=100
+    NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 BIGRAM_DIM=64 TRAIN_LOG_EVERY=20
+    MUON_MOMENTUM_WARMUP_STEPS=150 CALIBRATION_TOKENS=16384
 """
 PRESETS = {("RECIPE", "small"): SMALL, ("RECIPE", "pr314"): PR314, ("DEMO", "1"): DEMO}  # the later one wins
 EXCLUSIVE = """
     DEMO+TEXT_FILES+DATA_PATH DEMO+TEXT_FILES+TOKENIZER_PATH EVAL_ARTIFACT+EXPORT_FROM+RESUME EVAL_ARTIFACT+EVAL_FLOAT
 """.split()  # of each group only one may be set
-# Names that other scripts and earlier versions of this one read, behind the setting that comes nearest to them.
 FOREIGN = r"""
     WEIGHT_DECAY=(MUON|ADAMW?|EMBED)_(WD|WEIGHT_DECAY) QAT_START_FRAC=(LATE_)?QAT(_ENABLED|_THRESHOLD|_FRACTION)?
     XSA_LAYERS=XSA_LAST_N MLP_MULT=MLP_HIDDEN RELU_SLOPE=(MLP|LEAKY)\w*_SLOPE SWA_ENABLED=EMA_\w+ DATA_PATH=DATA_DIR
     BIGRAM_VOCAB_SIZE=BIGRAM_\w*BUCKETS TRAIN_SEQ_LEN=EVAL_SEQ_LEN TIED_EMBED_LR=(EMBED|HEAD)_LR EVAL_STRIDE=SLIDING_\w+
     MLP_BITS=(MATRIX|QUANT|QAT|EMBED)_BITS WARMDOWN_ITERS=WARMDOWN_STEPS ROPE_BASE=ROPE_THETA nothing=COMPRESSOR
     nothing=(TTT|VE|LQER|MTP|GPTQ|SMEAR|PLAN)_\w+|\w+_CLIP_SIGMAS|ERROR_FEEDBACK|CALIBRATION_RESERVE|EVAL_MODE
-""".split()
+""".split()  # nearest setting here, and the names that other scripts or older versions read
 
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -292,7 +292,7 @@ class Runtime:
         auto = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         self.compute_dtype = {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.compute_dtype]
         self.compiles = {"auto": cuda, "1": True, "0": False}[cfg.compile]
-        # Before Inductor is imported: this fusion made a step 5.9 ms slower (pull request 1420 of the challenge).
+        # Before Inductor is imported: in PyTorch 2.11 this fusion cost 5.9 ms a step (pull request 1420).
         os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
         hopper = cuda and torch.cuda.get_device_capability()[0] == 9
         fits = hopper and self.compute_dtype == torch.bfloat16 and cfg.model_dim // cfg.num_heads in range(8, 257, 8)
@@ -1279,7 +1279,7 @@ class Trainer:
 
     @torch.no_grad()
     def quantized_loss(self, weights: Tensors) -> float:
-        """Mean NLL on the calibration tokens of `weights` as they would be stored, with the averaged model."""
+        """Mean NLL on the calibration tokens of `weights` as they would be stored; overwrites the average."""
         stored = quantize(weights, self.plan_for(weights), self.cfg)
         self.swa.module.load_state_dict({name: tensor.dequantize() for name, tensor in stored.items()})
         self.swa.module.refresh({})

@@ -46,11 +46,12 @@ PROXIES: dict[str, dict[str, Any]] = {  # ITERATIONS: those of pr314
     "screen": {"MODEL_DIM": 64, "ITERATIONS": 600, "TRAIN_BATCH_TOKENS": 2048, "EVAL_STRIDE": 0},
 }
 MODEL_BYTES = {"small": 1385992, "long": 348595, "large": 4126312, "tokens": 80000, "screen": 348595}  # not of pr314
-# Time of a step over pr314's (`--time`), by which a recipe has fewer steps; the screen's rows have equal steps.
+# Time of a step over pr314's (`--time`; not measured yet where nothing stands), by which a recipe has fewer steps; the
+# screen's rows have equal steps.
 STEP_TIME: dict[str, dict[str, float]] = {
     "default": {},
     "full_size": {},
-    "e735e01": {"small": 1.04, "long": 1.04, "large": 1.04},  # measured with its own tests/bench.py
+    "e735e01": {"small": 1.04, "long": 1.04, "large": 1.04},  # by that commit's logs/ABLATIONS.md, widths 128 and 256
 }
 QUARTER = "quarter"  # of a head's dimensions
 Edits = list[tuple[str, str]]  # (text that occurs in the script, what stands there instead)
@@ -130,6 +131,7 @@ SCREEN = ("default", "xsa_0", "xsa_4", "no_value_residual", "no_muon_eq", "momen
 ORDER = [(r, "screen", s) for s in (42, 43) for r in SCREEN]
 ORDER += [(r, p, s) for s in (42, 43) for r in MAIN for p in ("small", "long")]
 ORDER += [(r, "large", 42) for r in MAIN] + [(r, "tokens", 42) for r in ("default", "pr314_spread")]
+ORDER += [(r, "screen", 42) for r in RECIPES if r not in (*SCREEN, *MAIN)]
 KEYS = r"(\w+):([-+.,\w]+)"
 
 
@@ -171,7 +173,8 @@ def settings_of(name: str, proxy: str, seed: int, script: str, args: argparse.Na
     """The environment of a run: proxy, limit, recipe, seed; as many steps as take the time of pr314's."""
     recipe = RECIPES[name]
     settings = COMMON | PROXIES[proxy] | recipe.settings
-    settings["ITERATIONS"] = round(settings["ITERATIONS"] / STEP_TIME.get(name, {}).get(proxy, 1))
+    if proxy != "screen" and name != REFERENCE:
+        settings["ITERATIONS"] = round(settings["ITERATIONS"] / STEP_TIME.get(name, STEP_TIME["default"]).get(proxy, 1))
     settings["WARMDOWN_ITERS"] = round(recipe.warmdown * settings["ITERATIONS"])
     if settings.get("ROPE_DIMS") == QUARTER:
         settings["ROPE_DIMS"] = settings["MODEL_DIM"] // settings["NUM_HEADS"] // 4

@@ -33,11 +33,11 @@ DAMPING = 0.01  # of the mean of the diagonal, in error feedback
 
 
 class Training(NamedTuple):
-    """When QAT starts (a share of the steps; 1: never), the MLP's bits at most (0: 8), scales tried, bits a weight,
+    """When QAT starts (a share of the steps; 1: never), the MLP's bits at most (8: free), scales tried, bits a weight,
     whether attention and the bigram projection train on their grids, too."""
 
     start: float
-    mlp_bits: int = 0
+    mlp_bits: int = 8
     tried: int = t.SCALES_TRIED  # 1: the row's maximum alone, so nothing is clipped
     bits: float = 3.8
     everywhere: bool = False
@@ -231,7 +231,7 @@ def scores(seed: int, name: str, args: argparse.Namespace) -> list[dict[str, Any
         rows.append(found)
         print(json.dumps(found), flush=True)
 
-    def plan(bits: float, kept: t.Plan, mlp_bits: int = 0, prices: t.Tensors = costs) -> t.Plan:
+    def plan(bits: float, kept: t.Plan, mlp_bits: int = 8, prices: t.Tensors = costs) -> t.Plan:
         """Grids of `bits` a weight."""
         changed = dataclasses.replace(cfg, mlp_bits=mlp_bits)
         return t.grids_for_bytes(weights, prices, kept, changed, bits / 8 * sum(w.numel() for w in weights.values()))
@@ -263,8 +263,8 @@ def scores(seed: int, name: str, args: argparse.Namespace) -> list[dict[str, Any
         seconds = hessian_diagonal(model, batches)
         for bits in BITS:
             score("free", bits, t.quantize(weights, plan(bits, {}), cfg))
-            score("free, feedback", bits, with_feedback(bits, {}, 0, ("attn", "bigram", "mlp")))
-            score("free, Hessian", bits, t.quantize(weights, plan(bits, {}, 0, seconds), cfg))
+            score("free, feedback", bits, with_feedback(bits, {}, 8, ("attn", "bigram", "mlp")))
+            score("free, Hessian", bits, t.quantize(weights, plan(bits, {}, 8, seconds), cfg))
             score("int4", bits, t.quantize(weights, plan(bits, {}, 4), cfg))
             t.SCALES_TRIED = 1
             score("int4 row maximum", bits, t.quantize(weights, plan(bits, {}, 4), cfg))
@@ -320,7 +320,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "logs" / "quantized.jsonl")
     args = parser.parse_args()
     if args.data:
-        args.work, args.results, args.data = args.work.resolve(), args.results.resolve(), str(Path(args.data).resolve())
+        if not (args.tokenizer and args.work):
+            parser.error("--data needs --tokenizer and --work")
+        args.work, args.results = args.work.resolve(), args.results.resolve()
+        args.data, args.tokenizer = str(Path(args.data).resolve()), str(Path(args.tokenizer).resolve())
         with ProcessPoolExecutor(len(SEEDS)) as pool:
             list(pool.map(one_seed, SEEDS, [args] * len(SEEDS)))
     lines = args.results.read_text().splitlines() if args.results.is_file() else []

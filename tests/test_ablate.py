@@ -58,6 +58,17 @@ def test_equal_time_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cfg.iterations == 600 and not warnings
 
 
+def test_trainings_of_quantized_have_a_config() -> None:
+    """Every row's settings are ones that the script takes, and the limit leaves its bits to the model."""
+    args = argparse.Namespace(tokenizer="t", data="d")
+    for training in quantized.TRAININGS.values():
+        cfg = quantized.config_of(42, training, args)
+        params = sum(p.numel() for p in t.GPT(cfg, torch.float32).parameters())
+        model_bits = 8 * (cfg.artifact_limit_bytes - t.CODE_BYTES) / params
+        assert (cfg.mlp_bits, cfg.mlp_mult) == (training.mlp_bits, 4)
+        assert model_bits == pytest.approx(training.bits, abs=1e-4)
+
+
 def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of the results file are not run again; a run that fails leaves the others."""
     results, calls = tmp_path / "r.jsonl", []

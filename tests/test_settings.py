@@ -171,7 +171,9 @@ def test_warmdown_of_the_presets() -> None:
     assert (cfg.warmdown_iters, cfg.warmdown_frac) == (-1, 0.5) and not warnings
     [warning] = t.load_config(pr314 | {"WARMDOWN_FRAC": "0.5"})[1]
     assert warning.startswith("WARMDOWN_FRAC has no effect beside WARMDOWN_ITERS=2500: ")
-    assert t.load_config({"DEMO": "1"})[0].warmdown_iters == -1
+    for demo in ({"DEMO": "1"}, {"DEMO": "1"} | pr314):
+        cfg, warnings = t.load_config(demo)
+        assert (cfg.warmdown_iters, cfg.warmdown_frac) == (-1, 0.6) and not warnings
 
 
 def test_all_problems_in_one_message() -> None:
