@@ -49,12 +49,13 @@ def exponents(trained: dict[str, Any], bits: float, args: argparse.Namespace) ->
     model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean()
 
     def plan_of(size: float, within: float, between: float, share: float) -> t.Plan:
-        """`grids_of_step` with other exponents."""
+        """The plan of `grids_for_bytes` with other exponents, its scales not rounded up."""
         plan = {}
         for name, cost in costs.items():
             matrix = (cost.mean() / model_mean).clamp(min=t.LEAST_COST)
             rows = (cost + share * cost.mean()) / cost.mean().clamp(min=1e-30)
-            plan[name] = t.Grid(8, size * matrix.pow(-between) * rows.pow(-within))
+            step = size * matrix.pow(-between) * rows.pow(-within)
+            plan[name] = t.Grid(8, torch.maximum(t.finest_scales(weights[name], 8), step))
         return plan
 
     for variant in EXPONENTS:
