@@ -3,7 +3,7 @@
     python tests/ablate.py --data DIR --tokenizer FILE                  run what is missing
     python tests/ablate.py --data DIR --tokenizer FILE --only screen    ... of the rows that match
     python tests/ablate.py --data DIR --tokenizer FILE --time small     time of a step over pr314's, for STEP_TIME
-    python tests/ablate.py --write                                      put the table into logs/ABLATIONS.md
+    python tests/ablate.py --table                                      print the table; --write: into ABLATIONS.md
 
 Recipes are compared at the same bytes of model (pr314 gets what its fixed bits take) and the same time: each has as
 many steps as take the time of pr314's. A finished run is a line of logs/ablations-2.jsonl, so the script continues
@@ -51,7 +51,7 @@ MODEL_BYTES = {"small": 1385992, "long": 348595, "large": 4126312, "tokens": 800
 STEP_TIME: dict[str, dict[str, float]] = {
     "default": {},
     "full_size": {},
-    "e735e01": {"small": 1.04, "long": 1.04, "large": 1.04},  # by that commit's logs/ABLATIONS.md, widths 128 and 256
+    "e735e01": {"small": 1.04, "long": 1.04, "large": 1.04},  # that commit's logs/ABLATIONS.md, for 128 and 256
 }
 QUARTER = "quarter"  # of a head's dimensions
 Edits = list[tuple[str, str]]  # (text that occurs in the script, what stands there instead)
@@ -95,7 +95,7 @@ DOCUMENT_STARTS = [  # bigram and smear do not look across a bos token (id 1 in 
     ),
 ]
 SMALL = {"RECIPE": "small"}
-WEIGHT_DECAY = {"WEIGHT_DECAY": 0.09, "SCALAR_WEIGHT_DECAY": 0.02}
+WEIGHT_DECAY = {"WEIGHT_DECAY": 0.09}
 RATES = {"MATRIX_LR": 0.028, "SCALAR_LR": 0.028, "TIED_EMBED_LR": 0.042}
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(SMALL),

@@ -60,6 +60,11 @@ TRAININGS = {
 STARTS = sorted({training.start for training in TRAININGS.values()} - {1.0})
 
 
+def run_id_of(name: str) -> str:
+    """The name of a training in file names."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def config_of(seed: int, training: Training, args: argparse.Namespace) -> t.Config:
     """The long proxy's config; the limit leaves `training.bits` a weight for the model."""
     recipe = ablate.settings_of("default", "long", seed, "", args)
@@ -123,7 +128,7 @@ def trained(seed: int, name: str, args: argparse.Namespace) -> None:
     Path(folder, "logs").mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     training = TRAININGS[name]
-    cfg = dataclasses.replace(config_of(seed, training, args), run_id=name.replace(", ", "-").replace(" ", "-"))
+    cfg = dataclasses.replace(config_of(seed, training, args), run_id=run_id_of(name))
     path = Path("logs", f"{cfg.run_id}.weights")
     if path.is_file():
         return
@@ -188,22 +193,20 @@ def fed_back(weight: torch.Tensor, moments: torch.Tensor, grid: t.Grid) -> t.Sto
     damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     left, rounded = weight.clone(), torch.empty_like(weight)
-    fixed = t.Grid(grid.bits, grid.quantize(weight).scale)
     codes = torch.empty(weight.shape, dtype=torch.int8)
     for i in range(weight.size(1)):
-        stored = fixed.quantize(left[:, i : i + 1])
+        stored = grid.quantize(left[:, i : i + 1])
         codes[:, i : i + 1], rounded[:, i] = stored.values, stored.dequantize()[:, 0]
         error = (left[:, i] - rounded[:, i]) / upper[i, i]
         left[:, i:] -= torch.outer(error, upper[i, i:])
-    return t.Stored(codes, fixed.quantize(weight).scale)
+    return t.Stored(codes, grid.quantize(weight).scale)
 
 
 def scores(seed: int, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All exports of one training: rows of the results file."""
     training = TRAININGS[name]
     cfg = config_of(seed, training, args)
-    weights_path = Path(args.work, str(seed), "logs", name.replace(", ", "-").replace(" ", "-") + ".weights")
-    content = t.load_tensors(weights_path)
+    content = t.load_tensors(Path(args.work, str(seed), "logs", f"{run_id_of(name)}.weights"))
     weights, costs = content["weights"], content["costs"]
     grids = {key: t.Grid(*values) for key, values in content["grids"].items()}
     rt = SilentRuntime(0, 1, False)
@@ -215,19 +218,20 @@ def scores(seed: int, name: str, args: argparse.Namespace) -> list[dict[str, Any
     t.SCALES_TRIED = training.tried
     rows: list[dict[str, Any]] = []
 
-    def score(what: str, bits: float, stored: dict[str, t.Stored] | None) -> None:
-        """Evaluate, and keep the row."""
-        values = {key: tensor.dequantize() for key, tensor in stored.items()} if stored else weights
-        load_weights(model, values, {})
+    def bits_of(tensors: list[t.Stored]) -> float:
+        """Bits a weight, by the entropy."""
+        return 8 * sum(tensor.num_bytes() for tensor in tensors) / sum(tensor.values.numel() for tensor in tensors)
+
+    def score(what: str, bits: float, stored: dict[str, t.Stored]) -> None:
+        """Evaluate, and keep the row; without tensors, of the float weights."""
+        load_weights(model, weights | {key: tensor.dequantize() for key, tensor in stored.items()}, {})
         bpb = t.evaluate(model, data, rt, cfg.train_seq_len, 16)[1]
         found: dict[str, Any] = {"seed": seed, "training": name, "export": what, "bits": bits, "bpb": bpb}
-        for kind in ("mlp", "attn", "bigram", "embed") if stored else ():
-            of_kind = [tensor for key, tensor in stored.items() if t.category(key) == kind] if stored else []
-            size = sum(tensor.num_bytes() for tensor in of_kind)
-            found[kind] = round(8 * size / sum(tensor.values.numel() for tensor in of_kind), 3)
         if stored:
-            total = sum(tensor.num_bytes() for tensor in stored.values())
-            found["total"] = round(8 * total / sum(tensor.values.numel() for tensor in stored.values()), 4)
+            for kind in ("mlp", "attn", "bigram", "embed"):
+                of_kind = [tensor for key, tensor in stored.items() if t.category(key) == kind]
+                found[kind] = round(bits_of(of_kind), 3)
+            found["total"] = round(bits_of([*stored.values()]), 4)
         rows.append(found)
         print(json.dumps(found), flush=True)
 
@@ -245,11 +249,10 @@ def scores(seed: int, name: str, args: argparse.Namespace) -> list[dict[str, Any
             for key in moments:
                 if t.category(key) in kinds:
                     stored[key] = fed_back(weights[key], moments[key], chosen[key])
-            size = sum(tensor.num_bytes() for tensor in stored.values())
-            aim *= bits / (8 * size / sum(w.numel() for w in weights.values()))
+            aim *= bits / bits_of([*stored.values()])
         return stored
 
-    score("float", 32, None)
+    score("float", 32, {})
     load_weights(model, weights, {})
     batches = list(t.Trainer(model, data, cfg, rt).calibration_batches)
     moments = input_moments(model, batches)

@@ -1,9 +1,11 @@
-"""Variants of the export on one run's weights: exponents of the cost, settings of zstd (tables in logs/ABLATIONS.md).
+"""Variants of the export on one run's weights, and what each kind of matrix loses (tables in logs/ABLATIONS.md).
 
     python tests/variants.py exponents WEIGHTS --data DIR --tokenizer FILE --bits 3.2,4
+    python tests/variants.py kinds WEIGHTS --data DIR --tokenizer FILE --bits 3.8
     python tests/variants.py zstd WEIGHTS --bits 3.4
 
-WEIGHTS is a file that today's script or e735e01 left (`logs/RUN_ID.weights`).
+`exponents`: of the cost; `kinds`: rounding one kind of matrix alone, on the grids that the MLP trained on, if it did;
+`zstd`: settings. WEIGHTS is a file that today's script or e735e01 left (`logs/RUN_ID.weights`).
 """
 
 from __future__ import annotations
@@ -37,13 +39,39 @@ def config_of(trained: dict[str, Any], **changes: Any) -> t.Config:
     return t.Config(**({k: v for k, v in trained["config"].items() if k in fields} | {"mlp_bits": 8} | changes))
 
 
-def exponents(trained: dict[str, Any], bits: float, args: argparse.Namespace) -> None:
-    """Print the score of each variant at the same predicted bytes."""
+def scored_on(trained: dict[str, Any], args: argparse.Namespace) -> tuple[t.Config, t.Data]:
+    """The run's config and `args.targets` of the given data."""
     changes = {"data_path": args.data, "tokenizer_path": args.tokenizer, "demo": False, "export_from": "x"}
     cfg = config_of(trained, **changes)
-    rt = runtime()
-    data = t.Data(cfg, rt)
+    data = t.Data(cfg, runtime())
     data.num_val_targets = min(data.num_val_targets, args.targets // cfg.train_seq_len * cfg.train_seq_len)
+    return cfg, data
+
+
+def bpb_of(weights: t.Tensors, cfg: t.Config, data: t.Data) -> float:
+    """Score in plain windows."""
+    model = t.GPT(cfg, torch.float32)
+    load_weights(model, weights, {})
+    return t.evaluate(model, data, runtime(), cfg.train_seq_len, 16)[1]
+
+
+def kinds(trained: dict[str, Any], bits: float, args: argparse.Namespace) -> None:
+    """Print what rounding each kind of matrix alone costs, and all together, at `bits` a weight."""
+    cfg, data = scored_on(trained, args)
+    weights = trained["weights"]
+    kept = {name: t.Grid(*grid) for name, grid in trained["grids"].items()}
+    budget = bits / 8 * sum(w.numel() for w in weights.values())
+    stored = t.quantize(weights, t.grids_for_bytes(weights, trained["costs"], kept, cfg, budget), cfg)
+    before = bpb_of(weights, cfg, data)
+    print(f"bits:{bits} float val_bpb:{before:.5f}", flush=True)
+    for some in (("mlp",), ("attn",), ("bigram",), ("embed",), ("mlp", "attn", "bigram", "embed")):
+        rounded = {name: tensor.dequantize() for name, tensor in stored.items() if t.category(name) in some}
+        print(f"bits:{bits} rounded:{','.join(some)} {bpb_of(weights | rounded, cfg, data) - before:+.5f}", flush=True)
+
+
+def exponents(trained: dict[str, Any], bits: float, args: argparse.Namespace) -> None:
+    """Print the score of each variant at the same predicted bytes."""
+    cfg, data = scored_on(trained, args)
     weights, costs = trained["weights"], trained["costs"]
     budget = sum(w.numel() for w in weights.values()) * bits / 8 / ENTROPY_TO_FILE
     model_mean = torch.stack([cost.mean() for cost in costs.values()]).mean()
@@ -67,9 +95,7 @@ def exponents(trained: dict[str, Any], bits: float, args: argparse.Namespace) ->
             else:
                 coarse = middle
         stored = t.quantize(weights, plan_of(2**coarse, *variant), cfg)
-        model = t.GPT(cfg, torch.float32)
-        load_weights(model, {name: tensor.dequantize() for name, tensor in stored.items()}, {})
-        _, bpb = t.evaluate(model, data, rt, cfg.train_seq_len, 16)
+        bpb = bpb_of({name: tensor.dequantize() for name, tensor in stored.items()}, cfg, data)
         print(f"bits:{bits} within, between, share:{variant} val_bpb:{bpb:.5f}", flush=True)
 
 
@@ -97,19 +123,19 @@ def zstd(trained: dict[str, Any], bits: float) -> None:
 def main() -> None:
     """Print one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("exponents", "zstd"))
+    parser.add_argument("what", choices=("exponents", "kinds", "zstd"))
     parser.add_argument("weights", type=Path)
     parser.add_argument("--data", help="folder of shards")
     parser.add_argument("--tokenizer")
     parser.add_argument("--bits", default="3.4", help="bits per weight, separated by commas")
     parser.add_argument("--targets", type=int, default=131_072, help="scored at most")
     args = parser.parse_args()
-    trained = t.load_tensors(args.weights, "weights", "costs", "config")
+    trained = t.load_tensors(args.weights, "weights", "costs", "config", "grids")
     for bits in map(float, args.bits.split(",")):
         if args.what == "zstd":
             zstd(trained, bits)
         else:
-            exponents(trained, bits, args)
+            {"exponents": exponents, "kinds": kinds}[args.what](trained, bits, args)
 
 
 if __name__ == "__main__":
